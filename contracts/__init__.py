@@ -1,0 +1,1 @@
+"""What the stages must agree on. Stages import this package and never each other."""

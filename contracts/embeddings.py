@@ -1,0 +1,254 @@
+"""The embedding file: what an encoder stage hands to fusion.
+
+`data/embeddings/<name>_<split>.pkl` is a pickled plain dict: `sample_ids` (N,) str, `embeddings` (N, D_in)
+float32 or float16, `valid` (N,) bool, `meta` dict. Beside it `<file>.json` holds the meta and the sha256 of the
+pickle. A reader checks the hash first (without it nearly every flipped bit loads silently), then unpickles with
+a reader that can build arrays and nothing else, so a file from a stranger cannot run code. A picture or text
+that could not be embedded has valid=False; rows are joined by sample_id, never by position.
+
+While it is being made the content lives in `<file>.shards/`, one file a shard, so that an interrupted
+extraction resumes where it stopped and memory is bounded by a shard. A catalogue too large for one array stays
+in that form (`index.json` written last) and is read shard by shard with `iterate_embeddings`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from contracts.errors import InputError
+from contracts.files import atomic_write, read_json, sha256_file, write_json
+from contracts.splits import N_FOLDS
+
+SCHEMA = 1
+REQUIRED_META = ("name", "split", "model", "fitted_on", "split_hash", "command")
+_SAFE_GLOBALS = {
+    (f"numpy.{core}.{module}", name)
+    for core in ("core", "_core")
+    for module, name in [
+        ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"),
+    ]
+} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}  # fmt: skip
+
+
+@dataclass
+class Embeddings:
+    """One encoder's view of one table. `valid[i]` False means row i holds no information."""
+
+    sample_ids: np.ndarray
+    """(N,) str"""
+    embeddings: np.ndarray
+    """(N, D_in) float32 or float16"""
+    valid: np.ndarray
+    """(N,) bool"""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        return self.embeddings.shape[1]
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _SAFE_GLOBALS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def write_embeddings(path: Path | str, content: Embeddings) -> None:
+    """Write the pickle and its .json atomically. Raises InputError when the content breaks the contract."""
+    path = Path(path)
+    meta = {"schema": SCHEMA, **content.meta}
+    missing = [key for key in REQUIRED_META if key not in meta]
+    if missing:
+        raise InputError(f"{path}: embedding meta lacks {', '.join(missing)}")
+    content = Embeddings(np.asarray(content.sample_ids, np.str_), content.embeddings, content.valid, meta)
+    _check(path, content)
+    as_dict = {
+        "sample_ids": content.sample_ids, "embeddings": np.ascontiguousarray(content.embeddings),
+        "valid": content.valid, "meta": meta,
+    }  # fmt: skip
+    _sidecar(path).unlink(
+        missing_ok=True
+    )  # a crash between the two renames leaves no json rather than a wrong one
+    with atomic_write(path, "wb") as file:
+        pickle.dump(as_dict, file, protocol=5)
+    write_json(
+        _sidecar(path),
+        {**meta, "rows": len(content.valid), "width": content.width, "sha256": sha256_file(path)},
+    )
+
+
+def read_embeddings(path: Path | str) -> Embeddings:
+    """Verify and load one embedding file. Raises InputError naming the file for anything that is not right."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such embedding file; run the stage that writes it")
+    expected = read_json(_sidecar(path)).get("sha256")
+    if sha256_file(path) != expected:
+        raise InputError(
+            f"{path}: sha256 differs from {_sidecar(path).name}; the file is damaged or was changed"
+        )
+    try:
+        with open(path, "rb") as file:
+            content = _ArraysOnly(file).load()
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+    ) as error:
+        raise InputError(f"{path}: not an embedding file ({error})") from None
+    if not isinstance(content, dict) or set(content) != {"sample_ids", "embeddings", "valid", "meta"}:
+        raise InputError(f"{path}: not an embedding file (expected sample_ids, embeddings, valid, meta)")
+    loaded = Embeddings(**content)
+    _check(path, loaded)
+    return loaded
+
+
+def _check(path: Path, content: Embeddings) -> None:
+    ids, matrix, valid, meta = content.sample_ids, content.embeddings, content.valid, content.meta
+    if not all(isinstance(array, np.ndarray) for array in (ids, matrix, valid)) or not isinstance(meta, dict):
+        raise InputError(f"{path}: sample_ids, embeddings and valid must be numpy arrays and meta a dict")
+    if meta.get("schema") != SCHEMA:
+        raise InputError(f"{path}: schema {meta.get('schema')!r}, this version reads {SCHEMA}")
+    if matrix.ndim != 2 or matrix.dtype not in (np.float32, np.float16):
+        raise InputError(
+            f"{path}: embeddings are {matrix.dtype}{list(matrix.shape)}, expected float32 or float16 [N, D]"
+        )
+    if (
+        ids.dtype.kind != "U"
+        or valid.dtype != bool
+        or ids.shape != valid.shape
+        or ids.shape != matrix.shape[:1]
+    ):
+        raise InputError(
+            f"{path}: {ids.shape} ids, {valid.shape} valid flags and {matrix.shape} embeddings do not fit"
+        )
+    if len(np.unique(ids)) != len(ids):
+        raise InputError(f"{path}: a sample_id occurs twice")
+    broken = valid & ~np.isfinite(matrix).all(axis=1)
+    if broken.any():
+        raise InputError(
+            f"{path}: {broken.sum()} valid rows hold NaN or inf, first sample_id {ids[broken][0]}"
+        )
+    if len(meta.get("fitted_on", ())) != N_FOLDS:
+        raise InputError(f"{path}: meta fitted_on must list the encoder's folds for each of {N_FOLDS} folds")
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+@dataclass
+class Aligned:
+    """An embedding file brought into the order of a table; rows it does not have are invalid and zero."""
+
+    embeddings: np.ndarray
+    """(N, D_in) float32"""
+    valid: np.ndarray
+    """(N,) bool"""
+    found: int
+    """rows of the table that the file has"""
+
+
+def align(content: Embeddings, sample_ids: np.ndarray, path: Path | str = "embedding file") -> Aligned:
+    """Join by sample_id. Raises InputError when the file has none of the ids: it belongs to another table."""
+    position = {sample_id: row for row, sample_id in enumerate(content.sample_ids.tolist())}
+    rows = np.array([position.get(sample_id, -1) for sample_id in sample_ids])
+    found = rows >= 0
+    if not found.any():
+        raise InputError(
+            f"{path}: none of its {len(position)} sample_ids is in this table; it was made for other rows"
+        )
+    valid = found & content.valid[rows]
+    embeddings = np.zeros((len(rows), content.width), np.float32)
+    embeddings[valid] = content.embeddings[rows[valid]]
+    return Aligned(embeddings, valid, int(found.sum()))
+
+
+class ShardedExtraction:
+    """Resumable writing of one embedding file, shard by shard.
+
+    A shard counts as done only if its fingerprint (meta and the shard's ids) matches, so changing the model,
+    its weights or the table starts that shard again.
+
+        extraction = ShardedExtraction(path, sample_ids, meta, shard_rows=4096)
+        for rows in extraction.pending():           # rows: slice into sample_ids
+            extraction.write(rows, embeddings, valid)
+        extraction.finish()
+    """
+
+    def __init__(
+        self, path: Path | str, sample_ids: np.ndarray, meta: dict[str, Any], shard_rows: int = 4096
+    ):
+        if shard_rows < 1:
+            raise InputError(f"--shard-rows {shard_rows}: must be at least 1")
+        self.path, self.meta = Path(path), meta
+        self.sample_ids = np.asarray(sample_ids, np.str_)
+        self.folder = self.path.with_name(self.path.name + ".shards")
+        starts = range(0, len(self.sample_ids), shard_rows)
+        self.shards = [slice(start, min(start + shard_rows, len(self.sample_ids))) for start in starts]
+        self.shard_rows = shard_rows
+
+    def pending(self) -> list[slice]:
+        return [rows for rows in self.shards if not self._done(rows)]
+
+    def write(self, rows: slice, embeddings: np.ndarray, valid: np.ndarray) -> None:
+        """Store one shard: embeddings (n, D_in), valid (n,) bool."""
+        meta = {**self.meta, "fingerprint": self._fingerprint(rows)}
+        write_embeddings(self._file(rows), Embeddings(self.sample_ids[rows], embeddings, valid, meta))
+
+    def finish(self, keep_shards: bool = False) -> None:
+        """Join the shards into the one pickle, or with `keep_shards` write the index that completes the folder."""
+        if pending := self.pending():
+            raise InputError(f"{self.folder}: {len(pending)} of {len(self.shards)} shards are not written")
+        if keep_shards:
+            files = [self._file(rows).name for rows in self.shards]
+            write_json(
+                self.folder / "index.json", {**self.meta, "rows": len(self.sample_ids), "shards": files}
+            )
+            return
+        embeddings, valid = None, np.zeros(len(self.sample_ids), bool)
+        for rows in self.shards:
+            shard = read_embeddings(self._file(rows))
+            if embeddings is None:
+                embeddings = np.empty((len(self.sample_ids), shard.width), shard.embeddings.dtype)
+            embeddings[rows], valid[rows] = shard.embeddings, shard.valid
+        write_embeddings(self.path, Embeddings(self.sample_ids, embeddings, valid, self.meta))
+        shutil.rmtree(self.folder)
+
+    def _file(self, rows: slice) -> Path:
+        return self.folder / f"{rows.start // self.shard_rows:05d}.pkl"
+
+    def _fingerprint(self, rows: slice) -> str:
+        # the command line may differ between start and resume
+        meta = {key: value for key, value in self.meta.items() if key != "command"}
+        content = json.dumps([meta, self.sample_ids[rows].tolist()], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _done(self, rows: slice) -> bool:
+        sidecar = _sidecar(self._file(rows))
+        return sidecar.is_file() and read_json(sidecar).get("fingerprint") == self._fingerprint(rows)
+
+
+def iterate_embeddings(path: Path | str) -> Iterator[Embeddings]:
+    """Read an embedding file shard by shard, whichever of the two forms it has."""
+    path = Path(path)
+    folder = path.with_name(path.name + ".shards")
+    if path.is_file() or not (folder / "index.json").is_file():
+        yield read_embeddings(path)
+        return
+    for name in read_json(folder / "index.json")["shards"]:
+        yield read_embeddings(folder / name)

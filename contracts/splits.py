@@ -1,0 +1,120 @@
+"""One fold assignment for every stage.
+
+Rows are dealt into ten folds, stratified by price quantile; rows that share a picture or a text are one group
+and never separated. Hold-out k of five validates on folds 2k and 2k+1, stops early on the next fold and fits on
+the other seven, so the number that is reported comes from rows that neither fitting nor stopping has seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from contracts.catalog import read_table
+from contracts.errors import InputError
+from contracts.files import atomic_write
+
+N_FOLDS = 10
+N_HOLDOUTS = 5
+PRICE_QUANTILES = 10
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which folds fit, stop and validate."""
+
+    fit: tuple[int, ...]
+    stop: tuple[int, ...]
+    validate: tuple[int, ...]
+
+    @property
+    def fitted_on(self) -> tuple[int, ...]:
+        """Folds a model has seen: stopping early on rows is a mild way of fitting them."""
+        return tuple(sorted(self.fit + self.stop))
+
+
+def roles(holdout: int | None) -> Roles:
+    """Roles for hold-out 0 to 4; None validates on nothing and fits on nine folds, for a final model."""
+    if holdout is None:
+        return Roles(fit=tuple(range(1, N_FOLDS)), stop=(0,), validate=())
+    if not 0 <= holdout < N_HOLDOUTS:
+        raise InputError(f"--holdout {holdout}: must be 0 to {N_HOLDOUTS - 1}, or none")
+    validate = (2 * holdout, 2 * holdout + 1)
+    stop = ((2 * holdout + 2) % N_FOLDS,)
+    fit = tuple(fold for fold in range(N_FOLDS) if fold not in validate + stop)
+    return Roles(fit, stop, validate)
+
+
+def group_rows(*keys: pd.Series) -> np.ndarray:
+    """Group number of each row, (N,) int: rows equal in any one key (empty keys match nothing) share a group."""
+    parent = np.arange(len(keys[0]))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    for key in keys:
+        first_row: dict[str, int] = {}
+        for row, value in enumerate(key):
+            if value:
+                parent[root(row)] = root(first_row.setdefault(value, row))
+    return np.array([root(row) for row in range(len(parent))])
+
+
+def assign_folds(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Deal the prepared training rows (sample_id, catalog_content, image, price) into folds.
+
+    Returns:
+        DataFrame sample_id, fold (int, 0 to 9), in the order of `table`.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    words = table["catalog_content"].str.lower().str.split().str.join(" ")
+    groups = group_rows(table["image"], words)
+    if len(np.unique(groups)) < N_FOLDS:
+        raise InputError(
+            f"train.csv: {len(np.unique(groups))} distinct products, at least {N_FOLDS} are needed for folds"
+        )
+    quantile = pd.qcut(
+        table["price"].rank(method="first"), min(PRICE_QUANTILES, len(table) // N_FOLDS), labels=False
+    )
+    fold = np.full(len(table), -1)
+    dealer = StratifiedGroupKFold(n_splits=N_FOLDS, shuffle=True, random_state=seed)
+    for number, (_, rows) in enumerate(dealer.split(table, quantile, groups)):
+        fold[rows] = number
+    return pd.DataFrame({"sample_id": table["sample_id"].to_numpy(), "fold": fold})
+
+
+def write_folds(path: Path, folds: pd.DataFrame) -> None:
+    with atomic_write(path) as file:
+        folds.to_csv(file, index=False)
+
+
+def read_folds(path: Path) -> pd.Series:
+    """Fold of each training row: Series of int indexed by sample_id (str)."""
+    table = read_table(path)
+    if list(table.columns) != ["sample_id", "fold"] or not table["fold"].str.fullmatch("[0-9]").all():
+        raise InputError(f"{path}: not a fold file (sample_id, fold 0 to 9); run data.prepare again")
+    return pd.Series(table["fold"].astype(int).to_numpy(), index=table["sample_id"], name="fold")
+
+
+def split_hash(folds: pd.Series) -> str:
+    """Identifies the fold assignment, whatever the order of rows; stands in every embedding file's meta."""
+    lines = sorted(f"{sample_id},{fold}" for sample_id, fold in folds.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def fitted_on(*, encoder_folds: tuple[int, ...]) -> list[list[int]]:
+    """The meta entry of an embedding file made by one encoder: for each fold, the folds its encoder saw."""
+    return [list(encoder_folds) for _ in range(N_FOLDS)]
+
+
+def leaked_folds(meta_fitted_on: list[list[int]], validate: tuple[int, ...]) -> list[int]:
+    """Validation folds whose rows were embedded by an encoder that had been fitted on them."""
+    return [fold for fold in validate if fold in meta_fitted_on[fold]]

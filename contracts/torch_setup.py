@@ -1,0 +1,116 @@
+"""Device, precision, seeds, and two traps of the installed libraries."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from contracts.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def guard_torchvision() -> None:
+    """Make `import torchvision` work on a CPU build of torch; call before open_clip, timm, peft, transformers.
+
+    PyPI's torchvision is a CUDA build. Beside a CPU build of torch its compiled operators do not load, and its
+    import fails because it describes `nms` and `qnms` operators that nobody has defined. No stage calls them, so
+    defining their schemas is enough. Beside a CUDA build of torch the same failure means mismatched versions.
+
+    Raises:
+        InputError: "torch and torchvision builds do not match".
+    """
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        if torch.version.cuda is not None:
+            raise InputError(
+                f"torch and torchvision builds do not match (torch {torch.__version__}); "
+                "install both at the versions of requirements.txt"
+            ) from None
+        _define_torchvision_operators()
+        import torchvision  # noqa: F401
+
+
+def _define_torchvision_operators() -> None:
+    import torch
+
+    global _torchvision_library  # the registration lives as long as this object
+    _torchvision_library = torch.library.Library("torchvision", "FRAGMENT")
+    for name, inputs in (("nms", "Tensor dets, Tensor scores"), ("qnms", "Tensor dets, Tensor scores")):
+        try:
+            _torchvision_library.define(f"{name}({inputs}, float iou_threshold) -> Tensor")
+        except RuntimeError:
+            continue  # already defined by a partly loaded build
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA, then Apple's GPU, then the CPU. Under torchrun each process gets its own CUDA device."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: this torch sees no CUDA device")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere: bf16 matmul on a CPU is a hundred times slower."""
+    import torch
+
+    choices = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if precision not in choices:
+        raise InputError(f"--precision {precision}: choose auto, {', '.join(choices)}")
+    return choices[precision]
+
+
+def mixed_precision(precision: str, device: torch.device) -> str:
+    """The same choice in Accelerate's words: "no", "bf16" or "fp16"."""
+    import torch
+
+    return {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[
+        choose_dtype(precision, device)
+    ]
+
+
+def seed_everything(seed: int) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def require_model_source(name: str) -> str:
+    """Check a model setting before a library sees it: a local folder must exist, else it is a hub id.
+
+    Returns the name, with `~` expanded. Raises InputError for a path that does not exist; without this check
+    transformers takes it for a malformed hub id and says so at length.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"model {name}: no such local folder")
+    return name
+
+
+def missing_model(name: str, error: Exception) -> InputError:
+    """The one line for a hub model that is neither cached nor reachable."""
+    reason = str(error).strip().split("\n")[0][:160]
+    return InputError(
+        f"model {name}: not in the local cache and not downloadable ({reason}); give a local folder instead"
+    )

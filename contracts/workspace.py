@@ -1,0 +1,112 @@
+"""Every artefact that passes between stages, in one table: `python -m contracts.workspace` prints it.
+
+A workspace is one folder, by default the repository itself. Stages meet only through these files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from contracts.catalog import read_table
+from contracts.errors import InputError
+from contracts.files import read_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Artefact:
+    path: str
+    producer: str
+    consumers: str
+    keys: str
+    content: str
+
+
+ARTEFACTS = {
+    "catalog": Artefact(
+        "data/catalog.json", "data.prepare", "all stages", "-",
+        "source files with sha256, images folder, what validation found",
+    ),
+    "prepared": Artefact(
+        "data/prepared_{split}.csv", "data.prepare", "all stages", "sample_id",
+        "text, image, parsed amount, unit, pack, 3 structural features; price float64 in train",
+    ),
+    "folds": Artefact("data/folds.csv", "data.prepare", "all stages", "sample_id", "fold int, 0 to 9"),
+    "image_status": Artefact(
+        "data/image_status.csv", "data.download_images", "report", "sample_id", "image, status, detail",
+    ),
+    "image_failures": Artefact(
+        "data/image_failures_{name}_{split}.csv", "clip_finetune, siglip_extract", "report", "sample_id",
+        "image, reason: the rows of embedding file {name} that have no usable picture",
+    ),
+    "embeddings": Artefact(
+        "data/embeddings/{name}_{split}.pkl", "clip_finetune, siglip_extract, qwen3_finetune", "fusion", "sample_id",
+        "embeddings (N, D_in) float32|float16, valid (N,) bool, meta; sha256 in .pkl.json",
+    ),
+    "predictions": Artefact(
+        "predictions/{name}_{split}.csv", "clip_finetune, qwen3_finetune, fusion", "report, fusion", "sample_id",
+        "log_price float64 (= log1p of dollars), fold int in train",
+    ),
+    "run": Artefact(
+        "checkpoints/{name}", "every train.py", "its own extract and predict", "-",
+        "settings.json, manifest.json, metrics.jsonl, weights as safetensors, plots, COMPLETE",
+    ),
+    "submission": Artefact(
+        "test_out.csv", "fusion.*.predict_test", "-", "sample_id",
+        "price float64, finite, > 0; ids and order of test.csv",
+    ),
+    "report": Artefact("report.html", "runs.report", "-", "-", "scores, plots and problems on one page"),
+}  # fmt: skip
+
+_PREPARED_NUMBERS = (
+    "amount", "pack_count", "item_size", "total_amount", "quantity_value", "unit_volume", "unit_weight", "price",
+)  # fmt: skip
+STRUCTURAL_FEATURES = ("quantity_value", "unit_volume", "unit_weight")
+
+
+class Workspace:
+    """Paths and readers of one workspace folder."""
+
+    def __init__(self, root: Path | str = REPOSITORY):
+        self.root = Path(root)
+
+    def path(self, artefact: str, **fields: str) -> Path:
+        """`workspace.path("embeddings", name="clip_image", split="train")`"""
+        return self.root / ARTEFACTS[artefact].path.format(**fields)
+
+    def prepared(self, split: str) -> pd.DataFrame:
+        """The prepared table: text columns str, numbers float64 (NaN where a text states none)."""
+        path = self.path("prepared", split=split)
+        if not path.is_file():
+            raise InputError(f"{path}: no prepared table; run python -m data.prepare --workspace {self.root}")
+        table = read_table(path)
+        for column in table.columns.intersection(_PREPARED_NUMBERS):
+            table[column] = pd.to_numeric(table[column].replace("", "nan")).astype("float64")
+        return table
+
+    def folds(self) -> pd.Series:
+        """Fold of each training row, indexed by sample_id."""
+        from contracts.splits import read_folds
+
+        return read_folds(self.path("folds"))
+
+    def images_folder(self) -> Path:
+        return Path(read_json(self.path("catalog"))["images_folder"])
+
+
+def table() -> str:
+    """The artefacts as a Markdown table."""
+    lines = ["| path | written by | read by | key | content |", "|---|---|---|---|---|"]
+    for item in ARTEFACTS.values():
+        content = item.content.replace("|", "\\|")
+        lines.append(f"| `{item.path}` | {item.producer} | {item.consumers} | {item.keys} | {content} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 40_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 class UnreadablePicture(Exception):

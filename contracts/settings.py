@@ -44,7 +44,10 @@ def parse_settings(
     for name, choices in (positional or {}).items():
         parser.add_argument(name, choices=choices)
     types = typing.get_type_hints(settings_class)
-    helps = {item.arg_name: item.description for item in parse_from_object(settings_class).params}
+    documented = [
+        parse_from_object(parent) for parent in settings_class.__mro__ if dataclasses.is_dataclass(parent)
+    ]
+    helps = {item.arg_name: item.description for document in documented for item in document.params}
     for field in dataclasses.fields(settings_class):
         flag, text = "--" + field.name.replace("_", "-"), helps.get(field.name)
         if types[field.name] is bool:
@@ -56,8 +59,9 @@ def parse_settings(
         chooser = argparse.ArgumentParser(add_help=False)
         chooser.add_argument("--preset", default=settings_class.preset)
         chosen = chooser.parse_known_args(argv)[0].preset
-        if chosen in presets:  # an unknown one is refused below, with the list of choices
-            parser.set_defaults({"preset": chosen, **presets[chosen]})
+        if chosen not in presets:
+            parser.error(f"--preset {chosen}: choose from {', '.join(presets)}")
+        parser.set_defaults({"preset": chosen, **presets[chosen]})
     values = parser.parse_args(argv)
     settings = settings_class(
         **{field.name: values[field.name] for field in dataclasses.fields(settings_class)}

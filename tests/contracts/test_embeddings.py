@@ -1,0 +1,173 @@
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from contracts.embeddings import (
+    Embeddings,
+    ShardedExtraction,
+    align,
+    iterate_embeddings,
+    read_embeddings,
+    write_embeddings,
+)  # fmt: skip
+from contracts.errors import InputError
+from contracts.files import sha256_file
+from contracts.splits import fitted_on
+
+META = {
+    "name": "clip_image", "split": "train", "model": "m", "fitted_on": fitted_on(encoder_folds=(3,)),
+    "split_hash": "h", "command": "c",
+}  # fmt: skip
+
+
+def example(rows=20, width=8, dtype=np.float32):
+    generator = np.random.default_rng(0)
+    ids = np.array([f"{row:03d}" for row in range(rows)])
+    valid = generator.random(rows) > 0.2
+    return Embeddings(ids, generator.normal(size=(rows, width)).astype(dtype), valid, dict(META))
+
+
+def refused(path, *words):
+    with pytest.raises(InputError) as caught:
+        read_embeddings(path)
+    assert "\n" not in str(caught.value)
+    for word in (path.name, *words):
+        assert word in str(caught.value)
+
+
+def rewrite(path, content):
+    """Another pickle under the same name with a matching hash, as somebody who means harm would make it."""
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    sidecar = path.with_name(path.name + ".json")
+    sidecar.write_text(json.dumps({"sha256": sha256_file(path)}))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_round_trip(tmp_path, dtype):
+    path, content = tmp_path / "e.pkl", example(dtype=dtype)
+    write_embeddings(path, content)
+    loaded = read_embeddings(path)
+    np.testing.assert_array_equal(loaded.sample_ids, content.sample_ids)
+    np.testing.assert_array_equal(loaded.embeddings, content.embeddings)
+    np.testing.assert_array_equal(loaded.valid, content.valid)
+    assert loaded.embeddings.dtype == dtype
+    assert loaded.meta == {"schema": 1, **META}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["e.pkl", "e.pkl.json"]
+
+
+def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path):
+    path = tmp_path / "e.pkl"
+    write_embeddings(path, example())
+    good = path.read_bytes()
+    for position in np.linspace(0, len(good) - 1, 50).astype(int):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
+        refused(path, "sha256")
+        path.write_bytes(good[:position])
+        refused(path, "sha256")
+
+
+class Canary:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_a_pickle_cannot_run_code_even_with_a_matching_hash(tmp_path):
+    path, canary = tmp_path / "e.pkl", tmp_path / "canary"
+    rewrite(path, {"sample_ids": Canary(str(canary))})
+    refused(path, "mkdir")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"", pickle.dumps([1]), pickle.dumps({"sample_ids": 1})])
+def test_other_content_with_a_matching_hash(tmp_path, content):
+    path = tmp_path / "e.pkl"
+    rewrite(path, content)
+    refused(path, "not an embedding file")
+
+
+def test_missing_sidecar_and_missing_file(tmp_path):
+    path = tmp_path / "e.pkl"
+    refused(path, "no such embedding file")
+    write_embeddings(path, example())
+    (tmp_path / "e.pkl.json").unlink()
+    refused(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda e: setattr(e, "valid", e.valid[:-1]), "do not fit"),
+        (lambda e: setattr(e, "embeddings", e.embeddings[0]), r"\[N, D\]"),
+        (lambda e: setattr(e, "embeddings", e.embeddings.astype(np.float64)), "float64"),
+        (lambda e: e.embeddings.__setitem__((np.flatnonzero(e.valid)[0], 0), np.nan), "NaN"),
+        (lambda e: e.sample_ids.__setitem__(1, "000"), "twice"),
+        (lambda e: e.meta.pop("fitted_on"), "fitted_on"),
+    ],
+)
+def test_contract_is_checked_when_writing(tmp_path, change, word):
+    content = example()
+    change(content)
+    with pytest.raises(InputError, match=word):
+        write_embeddings(tmp_path / "e.pkl", content)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_in_an_invalid_row_is_no_information(tmp_path):
+    content = example()
+    content.embeddings[~content.valid] = np.nan
+    write_embeddings(tmp_path / "e.pkl", content)
+    aligned = align(read_embeddings(tmp_path / "e.pkl"), content.sample_ids)
+    assert np.isfinite(aligned.embeddings).all()
+    assert (aligned.embeddings[~content.valid] == 0).all()
+
+
+def test_align_joins_by_id_and_reports_coverage():
+    content = example()
+    ids = np.array(["019", "new", "003"])
+    aligned = align(content, ids)
+    assert aligned.found == 2
+    assert aligned.valid.tolist() == [bool(content.valid[19]), False, bool(content.valid[3])]
+    np.testing.assert_array_equal(aligned.embeddings[0], content.embeddings[19] * content.valid[19])
+    with pytest.raises(InputError, match="other rows"):
+        align(content, np.array(["x", "y"]))
+
+
+def extraction(path, content, **meta):
+    return ShardedExtraction(path, content.sample_ids, {**META, **meta}, shard_rows=6)
+
+
+def fill(job, content, limit=99):
+    for rows in job.pending()[:limit]:
+        job.write(rows, content.embeddings[rows], content.valid[rows])
+
+
+def test_interrupted_extraction_resumes_where_it_stopped(tmp_path):
+    path, content = tmp_path / "e.pkl", example()
+    job = extraction(path, content)
+    assert len(job.pending()) == 4
+    fill(job, content, limit=3)
+    with pytest.raises(InputError, match="1 of 4 shards"):
+        job.finish()
+    resumed = extraction(path, content, command="another command line")
+    assert [rows.start for rows in resumed.pending()] == [18]
+    assert len(extraction(path, content, model="another model").pending()) == 4
+    fill(resumed, content)
+    resumed.finish()
+    np.testing.assert_array_equal(read_embeddings(path).embeddings, content.embeddings)
+    assert not job.folder.exists()
+
+
+def test_shards_kept_for_a_large_catalogue(tmp_path):
+    path, content = tmp_path / "e.pkl", example()
+    job = extraction(path, content)
+    fill(job, content)
+    job.finish(keep_shards=True)
+    shards = list(iterate_embeddings(path))
+    assert [len(shard.valid) for shard in shards] == [6, 6, 6, 2]
+    np.testing.assert_array_equal(np.concatenate([shard.embeddings for shard in shards]), content.embeddings)

@@ -1,0 +1,88 @@
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from contracts.images import UnreadablePicture, open_picture
+
+
+def png_that_unpacks_to(width, height):
+    """A small PNG file of width x height black pixels."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    pixels = zlib.compressobj(9)
+    rows = b"".join(pixels.compress(bytes(1 + width * 3)) for _ in range(height)) + pixels.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    path = tmp_path / "good.jpg"
+    Image.effect_noise((1000, 800), 60).convert("RGB").save(path, quality=90)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "missing"),
+        (b"", "empty"),
+        (b"<!doctype html><p>404", "not a picture"),
+        (b"GIF89a", "not a picture"),
+        ("half", "damaged"),
+        ("all but the last bytes", "damaged"),
+        ("411 MB", "over 40,000,000 pixels"),
+    ],
+)
+def test_unusable_pictures(tmp_path, jpeg, content, reason):
+    path = tmp_path / "p.jpg"
+    good = jpeg.read_bytes()
+    if content == "half":
+        content = good[: len(good) // 2]
+    elif content == "all but the last bytes":
+        content = good[:-3000]
+    elif content == "411 MB":
+        content = png_that_unpacks_to(11_700, 11_700)
+        assert len(content) < 500_000
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UnreadablePicture, match=reason):
+        open_picture(path)
+
+
+def test_modes_become_rgb_on_white(tmp_path):
+    transparent = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    transparent.save(tmp_path / "t.png")
+    assert open_picture(tmp_path / "t.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("CMYK", (4, 4)).save(tmp_path / "c.jpg")
+    Image.new("P", (4, 4)).save(tmp_path / "p.png")
+    Image.new("L", (4, 4)).save(tmp_path / "l.png")
+    assert {open_picture(tmp_path / name).mode for name in ("c.jpg", "p.png", "l.png")} == {"RGB"}
+
+
+def test_camera_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "o.jpg", exif=exif)
+    assert open_picture(tmp_path / "o.jpg").size == (20, 40)
+
+
+def test_reduced_decoding_keeps_the_asked_side(jpeg):
+    assert open_picture(jpeg).size == (1000, 800)
+    small = open_picture(jpeg, min_side=224)
+    assert 224 <= min(small.size) < 800
+    assert open_picture(jpeg, min_side=900).size == (1000, 800)  # never enlarged
+
+
+def test_real_pictures(challenge):
+    reasons = {}
+    for path in sorted((challenge / "images").iterdir()):
+        try:
+            assert open_picture(path).mode == "RGB"
+        except UnreadablePicture as error:
+            reasons[path.name] = str(error)
+    assert len(reasons) == 4, reasons  # one unreadable, three truncated by a few bytes

@@ -20,7 +20,7 @@ def plot_training_curves(path: Path, metrics: list[dict[str, float]], *, title: 
         for name, value in line.items():
             if name not in ("step", "epoch"):
                 panels.setdefault(name.split("/")[-1], {}).setdefault(name, []).append((line["step"], value))
-    with _figure(path, columns=max(1, len(panels)), width=4.2, height=3.4) as (figure, axes):
+    with figure_at(path, columns=max(1, len(panels)), width=4.2, height=3.4) as (figure, axes):
         figure.suptitle(title)
         for axis, (quantity, curves) in zip(axes, panels.items(), strict=False):
             for name, points in curves.items():
@@ -35,7 +35,7 @@ def plot_error_by_price(path: Path, price: np.ndarray, predicted: np.ndarray, *,
     import pandas as pd
 
     terms = pd.Series(smape_terms(price, predicted)).groupby(price_bin(price), observed=True)
-    with _figure(path, columns=2, width=5.2, height=4) as (figure, axes):
+    with figure_at(path, columns=2, width=5.2, height=4) as (figure, axes):
         figure.suptitle(title)
         low, high = min(price.min(), predicted.min()), max(price.max(), predicted.max())
         axes[0].scatter(price, predicted, s=5, alpha=0.4, linewidths=0)
@@ -49,7 +49,7 @@ def plot_error_by_price(path: Path, price: np.ndarray, predicted: np.ndarray, *,
         axes[1].tick_params(axis="x", rotation=30)
 
 
-class _figure:
+class figure_at:
     """A row of axes that is saved to `path` when the block ends."""
 
     def __init__(self, path: Path, *, columns: int, width: float, height: float):

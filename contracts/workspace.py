@@ -86,7 +86,7 @@ class Workspace:
             raise InputError(f"{path}: no prepared table; run python -m data.prepare --workspace {self.root}")
         table = read_table(path)
         for column in table.columns.intersection(_PREPARED_NUMBERS):
-            table[column] = pd.to_numeric(table[column].replace("", "nan")).astype("float64")
+            table[column] = pd.to_numeric(table[column].mask(table[column] == "")).astype("float64")
         return table
 
     def folds(self) -> pd.Series:

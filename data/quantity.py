@@ -4,14 +4,16 @@
 
 A row ends with `Value: 72.0` and `Unit: Fl Oz`; its title often repeats the size of one item and the pack,
 as in "Taco Sauce, 12 Ounce (Pack of 6)". Everything here is a table look-up or a regular expression with
-bounded repeats over a capped slice of the text, so no input of any length takes longer than some milliseconds.
+bounded repeats over a capped slice of the text, so no input of any length takes more than milliseconds.
 
 What Value means, measured on 13,030 real rows:
 
 * weight and volume rows whose title states one size and one pack of two or more (2,911 rows): Value is the
-  total in 2,583, the size of one item in 203, neither in 125. Value is therefore taken as the total unless it
-  equals the stated item size while the title states a pack.
-* count rows with a pack: Value is the number of packs or of pieces (already the total) in 750, and a bare 1,
+  total in 2,583, the size of one item in 203, neither in 125. So Value is the total, unless it equals the
+  stated size while the title states a pack. (The price cannot settle these 203: it fits both readings alike.)
+* a Value that contradicts the stated size and is 1, or just the pack (76 rows), counts items in spite of its
+  unit ("40 oz" with `Value: 1.0`, `Unit: Ounce`): the total is then size times pack.
+* count rows with a pack: Value is the number of packs or of pieces, already the total, in 750; a bare 1,
   meaning one listing, in 110. Only that bare 1 is multiplied by the pack.
 * "N count" beside a size is a pack in 68 % of rows and the pieces inside the stated size in the rest
   ("11.8 oz, 8 Count"), so it is no pack by itself; Value divided by the stated size settles it.
@@ -32,13 +34,13 @@ from pathlib import Path
 
 from contracts.errors import InputError, run_entry_point
 
-MAX_TITLE = 1000  # characters looked at; the longest real title has 428
+MAX_TITLE = 500  # characters looked at; the longest real title has 428
 MAX_LINE = 64  # characters of a Value or Unit line
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of measure. `factor` converts to the kind's canonical measure: millilitre, gram, one or metre."""
+    """A unit of measure; `factor` converts to the canonical measure of its kind: millilitre, gram, one, metre."""
 
     name: str
     kind: str
@@ -48,7 +50,7 @@ class Unit:
 # canonical name: kind, factor, spellings besides the name ("|" between them; plurals in s and es are implied)
 _UNITS = {
     "fluid_ounce": ("volume", 29.5735295625, "fl oz|floz|fl ounce|fl|fz|oz fl|onza liquida|once liquide"),
-    "millilitre": ("volume", 1.0, "milliliter|mililiter|mililitre|mililitro|millilitro|ml|mls|mil"),
+    "millilitre": ("volume", 1.0, "milliliter|mililiter|mililitre|mililitro|millilitro|ml|mls"),
     "centilitre": ("volume", 10.0, "centiliter|centilitro|cl"),
     "decilitre": ("volume", 100.0, "deciliter|decilitro|dl"),
     "litre": ("volume", 1000.0, "liter|litro|liltre|ltr|lt|l"),
@@ -65,8 +67,8 @@ _UNITS = {
     "count": (
         "count",
         1.0,
-        # packages and pieces: the seller counts them, their size is elsewhere. A cup here is a K-cup or a tub.
-        "ct|cnt|coount|number|each|ea|unit|unite|unita|unidad|unidade|einheit|piece|pc|pce|pieza|peca|pezzo"
+        # packages and pieces: the seller counts them, their size is elsewhere; a cup is a K-cup or a tub
+        "ct|cnt|coount|each|ea|unit|unite|unita|unidad|unidade|einheit|piece|pc|pce|pieza|peca|pezzo"
         "|pezzi|stuck|stk|stueck|pack|pk|pkg|package|packet|pouch|bag|tea bag|teabag|box|carton|case|can|jar"
         "|bottle|tin|tub|tube|cup|k cup|kcup|pod|capsule|tablet|softgel|gummy|gummies|stick|bar|roll|sheet"
         "|sachet|sleeve|tray|canister|bucket|container|bundle|set|kit|serving|ziplock bag|per box|per case"
@@ -125,13 +127,18 @@ _SIZE = re.compile(
     r"[\s-]{0,3}(?P<word>[a-z]{1,12})\b\.?(?:[\s.-]{0,2}(?P<next>[a-z]{1,12})\b)?",
     re.ASCII,
 )
+# fmt: off
 # "8g protein" and "3 g net carbs" are no sizes
-_NUTRITION = frozenset(
-    "protein proteins sugar sugars net carb carbs fat fiber fibre collagen plant added of total caffeine"
-    " prebiotic trans whole sodium per".split()
-)
-# A pack of twelve is not a size of twelve; parse_pack_count reads these.
-_PACKS = frozenset("pack packs pk pks package packages case cases box boxes carton cartons set sets".split())
+_NUTRITION = {
+    "protein", "proteins", "sugar", "sugars", "net", "carb", "carbs", "fat", "fiber", "fibre", "collagen", "plant",
+    "added", "of", "total", "caffeine", "prebiotic", "trans", "whole", "sodium", "per",
+}
+# a pack of twelve is not a size of twelve: parse_pack_count reads these
+_PACKS = {
+    "pack", "packs", "pk", "pks", "package", "packages", "case", "cases", "box", "boxes", "carton", "cartons",
+    "set", "sets", "per",
+}
+# fmt: on
 
 
 def _decimal(number: str) -> float:
@@ -144,8 +151,8 @@ def _decimal(number: str) -> float:
 def parse_size(text: str, kinds: Collection[str] = ("volume", "weight")) -> Size | None:
     """The first size of one of `kinds` in a title: "12.7 Ounce", "6 x 12 oz", "12-oz", ".8 oz", "1/2 gallon".
 
-    Titles call fluid ounces plain ounces, so "ounce" is read as a fluid ounce when only volumes are asked for,
-    and a fluid ounce as an ounce when only weights are.
+    Titles call fluid ounces plain ounces, so "ounce" is read as a fluid ounce when only volumes are asked
+    for, and a fluid ounce as an ounce when only weights are.
     """
     for found in _SIZE.finditer(text[:MAX_TITLE].lower()):
         word, following = found["word"], found["next"] or ""
@@ -155,15 +162,18 @@ def parse_size(text: str, kinds: Collection[str] = ("volume", "weight")) -> Size
         if unit.name in ("ounce", "fluid_ounce") and unit.kind not in kinds:
             unit = _SPELLINGS["fl oz" if unit.name == "ounce" else "oz"]
         amount = _decimal(found["number"])
-        if over := found["over"]:
-            # "1/2 gallon" is a fraction, "12/32 oz" is twelve of 32 ounces
-            is_fraction = (
-                amount in (2, 3, 4, 8) and int(over) < amount and math.gcd(int(over), int(amount)) == 1
-            )
-            amount = int(over) / amount if is_fraction else amount
+        if found["over"] and _is_fraction(int(found["over"]), amount):
+            amount = int(found["over"]) / amount
+        if unit.kind == "count" and ("." in found["number"] or not amount.is_integer()):
+            continue  # "Keurig 2.0 K-Cups" and "1/4 sheet" count nothing
         if unit.kind in kinds and amount > 0:
             return Size(amount, unit)
     return None
+
+
+def _is_fraction(over: int, under: float) -> bool:
+    """ "1/2 gallon" is a fraction, "12/32 oz" is twelve of 32 ounces."""
+    return under in (2, 3, 4, 8) and over < under and math.gcd(over, int(under)) == 1
 
 
 _N = r"(\d{1,4})(?![\d.]*\d|\s?(?:%|(?:fl|fluid|oz|ounces?|lbs?|pounds?|g|grams?|kg|ml|l|inch|in)\b))"
@@ -190,7 +200,7 @@ _NESTED_PATTERNS = [
 
 
 def parse_pack_count(text: str) -> int:
-    """How many items a title sells: "Pack of 6", "12-Pack", "(6 pk)", "6 per case", "6 x 12 oz"; 1 if not said.
+    """How many items a title sells: "Pack of 6", "12-Pack", "(6 pk)", "6 per case", "6 x 12 oz"; else 1.
 
     A bare "6 ct" is not a pack (see the top of this file). Several different packs: the largest.
     """
@@ -214,7 +224,7 @@ class Quantity:
     """`amount` in the canonical measure."""
     pack_count: int
     item_size: float | None
-    """One item, canonical: from the title where it agrees with the Value, else total / pack."""
+    """One item, canonical: from the title unless the Value contradicts it, else total / pack."""
     total_amount: float | None
     """Everything in the listing, canonical."""
 
@@ -231,26 +241,24 @@ class Quantity:
         return int(self.kind == "weight")
 
 
-def _line(text: str, label: str, last: bool = True) -> str:
-    """What follows `label` at the start of its (last) line; "" without one."""
-    find = text.rfind if last else text.find
-    start = 0 if text.startswith(label) else -1
-    at = find("\n" + label)
-    if at >= 0 and (last or start < 0):
-        start = at + 1
-    return "" if start < 0 else text[start + len(label) :][: MAX_TITLE + 1].split("\n", 1)[0].strip()
+def _line(text: str, label: str, *, last: bool = True) -> str:
+    """What follows `label` at the start of the last (or first) line that has it; "" without one."""
+    text, label = "\n" + text, "\n" + label
+    at = text.rfind(label) if last else text.find(label)
+    start = at + len(label)
+    return "" if at < 0 else text[start : start + MAX_TITLE].split("\n", 1)[0].strip()
 
 
-def _value(written: str) -> float | None:
-    is_number = re.fullmatch(
-        r"(?:[0-9]{1,18}(?:\.[0-9]{0,32})?|\.[0-9]{1,32})(?:[eE][+-]?[0-9]{1,2})?", written
-    )
-    return float(written) if is_number else None
+_VALUE = re.compile(r"(?:\d{1,18}(?:\.\d{0,32})?|\.\d{1,32})(?:e[+-]?\d{1,2})?", re.ASCII | re.IGNORECASE)
 
 
 def parse_quantity(catalog_content: str) -> Quantity:
-    """Read the last Value and Unit lines and the Item Name line. What cannot be read is None, "" or "none"."""
-    amount = _value(_line(catalog_content, "Value:"))
+    """Read the last Value and Unit lines and the Item Name line. What cannot be read is None, "" or "none".
+
+    A Value that is not a plain number of zero or more (None, -3, nan, inf, 1_000) is not read.
+    """
+    written = _line(catalog_content, "Value:")
+    amount = float(written) if _VALUE.fullmatch(written) else None
     unit = parse_unit(_line(catalog_content, "Unit:"))
     title = _line(catalog_content, "Item Name:", last=False)
     pack_count = parse_pack_count(title)
@@ -260,30 +268,40 @@ def parse_quantity(catalog_content: str) -> Quantity:
     canonical = None if amount is None else amount * unit.factor
     size = parse_size(title, (unit.kind,))
     stated = size.amount * size.unit.factor if size else None
-    pack_count, item_size, total = _resolve(unit.kind, canonical, stated, pack_count)
+    pack_count, item_size, total = _reconcile(amount, unit, stated, pack_count)
     return Quantity(amount, unit.name, unit.kind, canonical, pack_count, item_size, total)
 
 
-def _resolve(
-    kind: str, canonical: float | None, stated: float | None, pack_count: int
+def _reconcile(
+    amount: float | None, unit: Unit, stated: float | None, pack_count: int
 ) -> tuple[int, float | None, float | None]:
-    """(pack_count, item_size, total_amount) that agree, from the Value, the title's size and the title's pack."""
-    if not canonical:  # no Value, or 0.0: only the title knows
+    """pack_count, item_size and total_amount that agree; the reasons are at the top of this file.
+
+    Args:
+        amount: the Value line, in `unit`.
+        stated: size of one item by the title, canonical.
+        pack_count: pack by the title.
+    """
+    if not amount:  # no Value, or 0.0: only the title knows
         return pack_count, stated, stated and stated * pack_count
-    if kind == "count":
-        if canonical == 1 and pack_count > 1:
+    total = amount * unit.factor
+    if unit.kind == "count":
+        if amount == 1 and pack_count > 1:
             return pack_count, 1.0, float(pack_count)
-        if stated == 1:  # "1 Count" says nothing about the items of a larger Value
+        if stated == 1:  # "1 Count" says nothing about a larger Value
             stated = None
-    if stated:
-        items = canonical / stated
-        if abs(items / pack_count - 1) < 0.02:
-            return pack_count, stated, canonical
-        if abs(items - 1) < 0.05 and kind != "count":
-            return pack_count, stated, canonical * pack_count
-        if round(items) > 1 and abs(items - round(items)) < 0.05:
-            return round(items), stated, canonical
-    return pack_count, canonical / pack_count, canonical
+    if stated is None:
+        return pack_count, total / pack_count, total
+
+    items = total / stated
+    if abs(items / pack_count - 1) < 0.02:
+        return pack_count, stated, total
+    is_one_item = pack_count > 1 and abs(items - 1) < 0.05
+    if unit.kind != "count" and (is_one_item or amount in (1, pack_count)):
+        return pack_count, stated, stated * pack_count
+    if round(items) > 1 and abs(items - round(items)) < 0.05:
+        return round(items), stated, total
+    return pack_count, total / pack_count, total
 
 
 def main(argv: Sequence[str] | None = None) -> None:

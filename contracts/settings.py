@@ -45,7 +45,9 @@ def parse_settings(
         parser.add_argument(name, choices=choices)
     types = typing.get_type_hints(settings_class)
     documented = [
-        parse_from_object(parent) for parent in settings_class.__mro__ if dataclasses.is_dataclass(parent)
+        parse_from_object(parent)
+        for parent in reversed(settings_class.__mro__)
+        if dataclasses.is_dataclass(parent)
     ]
     helps = {item.arg_name: item.description for document in documented for item in document.params}
     for field in dataclasses.fields(settings_class):
@@ -53,19 +55,21 @@ def parse_settings(
         if types[field.name] is bool:
             parser.add_argument(flag, action=ActionYesNo(no_prefix="no-"), default=field.default, help=text)
         else:
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            parser.add_argument(flag, type=types[field.name], default=default, help=text)
+            kind, default, options = types[field.name], field.default, {}
+            if typing.get_origin(kind) is tuple:  # --use clip_image qwen_text
+                kind, default, options = typing.get_args(kind)[0], list(default), {"nargs": "*"}
+            parser.add_argument(flag, type=kind, default=default, help=text, **options)
     if presets:
         chooser = argparse.ArgumentParser(add_help=False)
         chooser.add_argument("--preset", default=settings_class.preset)
         chosen = chooser.parse_known_args(argv)[0].preset
         if chosen not in presets:
             parser.error(f"--preset {chosen}: choose from {', '.join(presets)}")
-        parser.set_defaults({"preset": chosen, **presets[chosen]})
+        changed = {name: list(v) if isinstance(v, tuple) else v for name, v in presets[chosen].items()}
+        parser.set_defaults({"preset": chosen, **changed})
     values = parser.parse_args(argv)
-    settings = settings_class(
-        **{field.name: values[field.name] for field in dataclasses.fields(settings_class)}
-    )
+    fields = {field.name: values[field.name] for field in dataclasses.fields(settings_class)}
+    settings = settings_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
     return (settings, *(values[name] for name in positional)) if positional else settings
 
 

@@ -34,7 +34,6 @@ from contracts.settings import parse_settings
 from contracts.workspace import REPOSITORY, SPLITS, Workspace
 
 FIRST_BACKOFF = 1.0  # seconds before the first retry; doubles each time
-LONGEST_BACKOFF = 60.0
 # no bare OSError: a full disk must end the run, not become a missing picture
 NETWORK_ERRORS = (
     urllib.error.URLError,
@@ -67,8 +66,7 @@ class DownloadSettings:
         minimum = {"workers": 1, "retries": 0, "timeout": 0.001, "deadline": 0, "max_bytes": 1}
         for name, least in minimum.items():
             if not getattr(self, name) >= least:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is {getattr(self, name)}, must be {least} or more")
+                raise InputError(f"{name} is {getattr(self, name)}, must be {least} or more")
 
 
 class Outcome(NamedTuple):
@@ -103,27 +101,22 @@ class Downloader:
     def __call__(self, image: str, link: str) -> Outcome:
         """Make `folder/image` a whole picture, or say why not. A damaged file from elsewhere is replaced."""
         path = self.folder / image
-        if late := self._out_of_time():
-            return late
-        if path.is_file() and _damage(path) is None:
+        if self._out_of_time() is None and path.is_file() and _damage(path) is None:
             return Outcome("present")
-        for attempt in range(1, self.settings.retries + 2):
+        attempt = 0
+        while not (late := self._out_of_time()):
+            attempt += 1
             try:
                 size = self._fetch(link, path)
                 return Outcome("ok", f"{size} bytes, {attempt} attempt{'s' * (attempt > 1)}")
             except DownloadError as error:
-                failure = error
-            if not failure.retry or attempt > self.settings.retries:
-                break
-            # jitter, so that refused workers do not all come back at once
-            backoff = min(FIRST_BACKOFF * 2 ** (attempt - 1), LONGEST_BACKOFF)
-            wait = max(backoff * random.uniform(0.5, 1.0), failure.wait)
-            if time.monotonic() + wait > self.ends:
-                break
+                # jitter, so that refused workers do not all come back at once
+                wait = max(FIRST_BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1.0), error.wait)
+                last = attempt > self.settings.retries or time.monotonic() + wait > self.ends
+                if last or not error.retry:
+                    return error.outcome
             self.stop.wait(wait)
-            if late := self._out_of_time():
-                return late
-        return failure.outcome
+        return late
 
     def _out_of_time(self) -> Outcome | None:
         if self.stop.is_set():
@@ -135,8 +128,8 @@ class Downloader:
         part = path.with_name(f".{path.name}.part")
         silence = max(0.001, min(self.settings.timeout, self.ends - time.monotonic()))
         try:
-            if urlsplit(link).scheme.lower() not in ("http", "https"):
-                raise DownloadError("bad_link", link[:200])
+            if urlsplit(link).scheme not in ("http", "https"):
+                raise DownloadError("bad_link", "not http or https")
             # quote() leaves an already quoted link as it is
             request = urllib.request.Request(quote(link, safe="%/:=&?~#+!$,;'@()*[]"), headers=HEADERS)
             with self.opener.open(request, timeout=silence) as response, part.open("wb") as file:
@@ -147,10 +140,8 @@ class Downloader:
             return size
         except urllib.error.HTTPError as error:
             error.close()
-            retry, wait = (
-                error.code == 429 or error.code >= 500,
-                _retry_after(error.headers.get("Retry-After")),
-            )
+            wait = _retry_after(error.headers.get("Retry-After"))
+            retry = error.code == 429 or error.code >= 500
             raise DownloadError(f"http_{error.code}", str(error.reason), retry=retry, wait=wait) from None
         except (http.client.InvalidURL, ValueError) as error:
             raise DownloadError("bad_link", str(error)) from None
@@ -165,12 +156,11 @@ class Downloader:
             part.unlink(missing_ok=True)
 
     def _stream(self, response: http.client.HTTPResponse, file) -> int:
-        limit, allowed = self.settings.max_bytes, self.settings.timeout * 6
+        limit, size, ends = self.settings.max_bytes, 0, time.monotonic() + 6 * self.settings.timeout
         announced = response.headers.get("Content-Length", "")
-        expected = int(announced) if announced.isdecimal() else None
-        if expected is not None and expected > limit:
+        expected = int(announced) if announced.isdecimal() else 0
+        if expected > limit:
             raise DownloadError("too_large", f"{expected} bytes announced, --max-bytes is {limit}")
-        size, started = 0, time.monotonic()
         # read1 returns what has arrived: read would wait for a full block, whatever the clock says
         while block := response.read1(65536):
             size += len(block)
@@ -178,10 +168,12 @@ class Downloader:
                 raise DownloadError("too_large", f"more than --max-bytes {limit}")
             if late := self._out_of_time():
                 raise DownloadError(*late)
-            if time.monotonic() - started > allowed:
-                raise DownloadError("timeout", f"not complete after {allowed:g} s", retry=True)
+            if time.monotonic() > ends:
+                raise DownloadError(
+                    "timeout", f"not complete after {6 * self.settings.timeout:g} s", retry=True
+                )
             file.write(block)
-        if expected is not None and size < expected:
+        if size < expected:
             raise DownloadError("truncated", f"{size} of {expected} bytes", retry=True)
         return size
 
@@ -207,43 +199,40 @@ def _retry_after(header: str | None) -> float:
 
 def download_all(links: dict[str, str], download: Downloader) -> dict[str, Outcome]:
     """Fetch every image of `links` (file name to link). After Ctrl-C the rest is "interrupted"."""
-    outcomes: dict[str, Outcome] = {}
     failed = 0
     with ThreadPoolExecutor(download.settings.workers) as pool:
-        futures = {pool.submit(download, image, link): image for image, link in links.items()}
+        futures = {image: pool.submit(download, image, link) for image, link in links.items()}
+        finished = as_completed(futures.values())
         try:
-            with tqdm(as_completed(futures), total=len(links), desc="pictures", unit=" pictures") as progress:
+            with tqdm(finished, total=len(links), desc="pictures", unit=" pictures") as progress:
                 for future in progress:
-                    outcome = outcomes[futures[future]] = future.result()
-                    failed += outcome.status not in ("ok", "present")
+                    failed += future.result().status not in ("ok", "present")
                     progress.set_postfix(failed=failed, refresh=False)
         except BaseException as error:
             download.stop.set()
             pool.shutdown(cancel_futures=True)
             if not isinstance(error, KeyboardInterrupt):
                 raise
-            done = {image: future.result() for future, image in futures.items() if not future.cancelled()}
-            return {image: Outcome("interrupted") for image in links} | done
-    return outcomes
+    interrupted = Outcome("interrupted")
+    return {
+        image: interrupted if future.cancelled() else future.result() for image, future in futures.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(DownloadSettings, argv, description=__doc__.split("\n")[0])
     workspace = Workspace(settings.workspace)
     rows = pd.concat([workspace.prepared(split) for split in SPLITS], ignore_index=True)
-    for sample_id, image in zip(rows["sample_id"], rows["image"], strict=True):
-        if image != Path(image).name or image == "..":
-            raise InputError(
-                f"prepared table: image {image!r} of sample_id {sample_id} is not a plain file name"
-            )
+    strange = rows.loc[rows["image"].map(lambda name: name != Path(name).name or name == ".."), "sample_id"]
+    if len(strange):
+        raise InputError(f"prepared table: image of sample_id {strange.iloc[0]} is not a plain file name")
     folder = Path(settings.images) if settings.images else workspace.images_folder()
     folder.mkdir(parents=True, exist_ok=True)
 
-    with_link = rows[rows["image"] != ""]
-    links = dict(zip(with_link["image"], with_link["image_link"].str.strip(), strict=True))
+    links = dict(zip(rows["image"], rows["image_link"].str.strip(), strict=True))
+    links.pop("", None)
     download = Downloader(folder, settings)
-    outcomes = download_all(links, download)
-    outcomes[""] = Outcome("no_link")
+    outcomes = {"": Outcome("no_link")} | download_all(links, download)
     table = rows[["sample_id", "image"]].assign(
         status=[outcomes[image].status for image in rows["image"]],
         detail=[outcomes[image].detail for image in rows["image"]],

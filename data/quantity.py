@@ -10,10 +10,10 @@ What Value means, measured on 13,030 real rows:
 
 * weight and volume rows whose title states one size and one pack of two or more (2,911 rows): Value is the
   total in 2,583, the size of one item in 203, neither in 125. So Value is the total, unless it equals the
-  stated size while the title states a pack. (The price cannot settle these 203: it fits both readings alike.)
+  stated size while the title states a pack. (The price cannot confirm it: among packs it hardly follows the total.)
 * a Value that contradicts the stated size and is 1, or just the pack (76 rows), counts items in spite of its
   unit ("40 oz" with `Value: 1.0`, `Unit: Ounce`): the total is then size times pack.
-* count rows with a pack: Value is the number of packs or of pieces, already the total, in 750; a bare 1,
+* count rows with a pack: Value is the number of packs or of pieces, already the total, in 749; a bare 1,
   meaning one listing, in 110. Only that bare 1 is multiplied by the pack.
 * "N count" beside a size is a pack in 68 % of rows and the pieces inside the stated size in the rest
   ("11.8 oz, 8 Count"), so it is no pack by itself; Value divided by the stated size settles it.

@@ -1,6 +1,6 @@
 """A sample catalogue whose price law, and so its best possible score, is known.
 
-    python -m data.sample_catalog --out demo/raw --train-rows 2000 --test-rows 500 --seed 0
+    python -m data.sample_catalog --out data/sample --train-rows 2000 --test-rows 500 --seed 0
 
 writes train.csv, test.csv (no price) and images/ in the format of the challenge, and beside them what no
 stage may read: test_truth.csv (sample_id, price) and truth.json (law, noise, best possible SMAPE).

@@ -1,10 +1,11 @@
-"""Fixtures shared by all tests. HF_HUB_OFFLINE has effect only when set before transformers is imported."""
+"""Fixtures shared by all tests. The environment has effect only when set before torch and transformers load."""
 
 import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and tests run two at a time
 
 import pytest  # noqa: E402
 
@@ -22,3 +23,14 @@ def shared_data(name: str) -> Path:
 def challenge() -> Path:
     """Folder with the real train.csv, test.csv and images/; skips where it is absent."""
     return shared_data("challenge")
+
+
+@pytest.fixture(scope="session")
+def sample_workspace(tmp_path_factory) -> Path:
+    """A prepared workspace of 400 + 60 generated products; read only, copy what a test changes."""
+    from data import prepare, sample_catalog
+
+    folder = tmp_path_factory.mktemp("sample")
+    sample_catalog.main(["--out", str(folder / "catalogue"), "--train-rows", "400", "--test-rows", "60"])
+    prepare.main(["--data", str(folder / "catalogue"), "--workspace", str(folder)])
+    return folder

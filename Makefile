@@ -1,0 +1,39 @@
+# make demo      sample catalogue through every stage to test_out.csv, a score table and a report page
+# make test      lint and every test
+# make pipeline  DATA=<folder with train.csv and test.csv> PRESET=tiny|base OUT=<workspace>
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+PRESET ?= base
+OUT ?= .
+
+.PHONY: demo test pipeline clean
+
+# A stamp is newer than the pinned requirements only if they are installed.
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
+	.venv/bin/pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: .venv/installed
+	$(RUN) -m runs.demo --workspace demo
+
+test: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check -q .
+	.venv/bin/pytest
+
+pipeline: .venv/installed
+	@test -n "$(DATA)" || { echo "error: say DATA=<folder with train.csv and test.csv>"; exit 2; }
+	$(RUN) -m runs.pipeline --data "$(DATA)" --preset "$(PRESET)" --workspace "$(OUT)"
+
+clean:
+	rm -rf demo .pytest_cache .ruff_cache

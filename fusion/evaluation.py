@@ -1,0 +1,72 @@
+"""Scores of a fusion model on rows it has not seen: overall, by group, and as plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from contracts.files import atomic_write, write_json
+from contracts.plots import plot_error_by_price
+from contracts.smape import price_bin, smape_by_group, smape_with_error
+from fusion.dataset import FusionTable
+
+
+def modalities_present(table: FusionTable) -> np.ndarray:
+    """Per row "text + image", "text only", "image only" or "nothing", (N,) str."""
+    valid = table.valid.cpu().numpy()
+    is_image = np.array([name.endswith("image") for name in table.embeddings])
+    image, text = valid[:, is_image].any(axis=1), valid[:, ~is_image].any(axis=1)
+    return np.select([text & image, text, image], ["text + image", "text only", "image only"], "nothing")
+
+
+def score_by_groups(table: FusionTable, rows: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
+    """SMAPE and bias of `rows` (positions) by price bin, unit kind and which modalities are present."""
+    frame = table.rows.iloc[rows]
+    groups = {
+        "price": price_bin(frame["price"].to_numpy()),
+        "unit kind": frame["unit_kind"].to_numpy(),
+        "present": modalities_present(table)[rows],
+    }
+    return smape_by_group(frame["price"].to_numpy(), predicted, groups)
+
+
+def write_scores(
+    folder: Path, table: FusionTable, rows: np.ndarray, predicted: np.ndarray, *, name: str
+) -> dict:
+    """Write by_group.csv, scores.json and two plots into `folder`.
+
+    Args:
+        rows: positions of the scored rows.
+        predicted: their prices in dollars.
+        name: what the number may be called, "validation" or "leaked".
+
+    Returns:
+        {"<name>_smape": …, "standard_error": …, "rows": …}
+    """
+    price = table.rows["price"].to_numpy()[rows]
+    score, error = smape_with_error(price, predicted)
+    summary = {f"{name}_smape": round(score, 3), "standard_error": round(error, 3), "rows": len(rows)}
+    groups = score_by_groups(table, rows, predicted)
+    with atomic_write(folder / "by_group.csv") as file:
+        groups.round(4).to_csv(file, index=False)
+    write_json(folder / "scores.json", {**summary, "by_group": groups.round(4).to_dict("records")})
+    plot_error_by_price(
+        folder / "error_by_price.png", price, predicted, title=f"{folder.name}: {name} SMAPE {score:.2f}"
+    )
+    _plot_groups(folder / "error_by_group.png", groups)
+    return summary
+
+
+def _plot_groups(path: Path, groups: pd.DataFrame) -> None:
+    from contracts.plots import figure_at
+
+    tables = [(name, part) for name, part in groups.groupby("grouping", sort=False) if name != "all"]
+    with figure_at(path, columns=len(tables), width=4.2, height=3.4) as (_, axes):
+        for axis, (name, part) in zip(axes, tables, strict=True):
+            bars = axis.bar(part["group"], part["smape"])
+            axis.bar_label(bars, [f"n={rows}" for rows in part["rows"]], fontsize=8)
+            axis.axhline(groups["smape"].iloc[0], color="black", linewidth=0.8, linestyle="--")
+            axis.set(title=f"by {name}", ylabel="SMAPE, %")
+            axis.tick_params(axis="x", rotation=30)

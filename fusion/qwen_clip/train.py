@@ -1,0 +1,25 @@
+"""Train the fusion of two embeddings (CLIP image, Qwen text) and score it on the held-out rows.
+
+python -m fusion.qwen_clip.train --workspace OUT --preset tiny
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from contracts.errors import run_entry_point
+from contracts.settings import parse_settings
+from fusion.qwen_clip.config import PRESETS, QwenClipSettings, build_model
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    settings = parse_settings(QwenClipSettings, argv, description=__doc__.split("\n")[0], presets=PRESETS)
+    from fusion.experiment import build_data, fit_and_score
+    from fusion.qwen_clip.baseline import MODALITIES
+
+    data = build_data(settings, MODALITIES)
+    return fit_and_score(settings, data, build_model)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,1 @@
+"""Frozen SigLIP towers: pooled picture and text embeddings."""

@@ -1,0 +1,216 @@
+"""The two SigLIP towers, each with what turns a picture or a text into its input.
+
+Sigmoid Loss for Language Image Pre-Training (Zhai et al. 2023, arXiv:2303.15343).
+T tokens, S side of the input picture in pixels, D_in width of the embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipTextConfig,
+    SiglipTextModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.utils import logging
+
+from contracts.errors import InputError
+from contracts.files import atomic_write
+from contracts.torch_setup import missing_model, require_model_source
+
+# What the published config.json files say; used only with random weights.
+VISION_CONFIGS = {
+    "google/siglip-so400m-patch14-384": dict(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+        image_size=384, patch_size=14,
+    ),
+    "tiny": dict(
+        hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        image_size=64, patch_size=16,
+    ),
+}  # fmt: skip
+TEXT_CONFIGS = {
+    "google/siglip-large-patch16-384": dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+        vocab_size=32000, max_position_embeddings=64,
+    ),
+    "tiny": dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=4096, max_position_embeddings=64,
+    ),
+}  # fmt: skip
+PADDING, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in SigLIP's own vocabulary
+END_ID = 1
+
+
+@dataclass
+class Tower:
+    """A frozen encoder in evaluation mode. `model(**inputs).pooler_output` is (B, D_in)."""
+
+    model: SiglipVisionModel | SiglipTextModel
+    prepare: Callable[[Any], torch.Tensor]
+    """image: PIL picture to pixels (3, S, S) float32; text: list of B str to token ids (B, T)"""
+    width: int
+    """D_in"""
+    picture_size: int = 0
+    """S; 0 in a text tower"""
+    vocabulary: str = ""
+
+    def checkpoint(self) -> str:
+        """Identifies weights and vocabulary wherever they came from: embeddings compare only if this is equal."""
+        digest = hashlib.sha256(self.vocabulary.encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+
+def image_tower(name: str, *, random_weights: bool = False) -> Tower:
+    """Vision tower of checkpoint `name` (hub id or folder), or its architecture with weights from torch's seed."""
+    if random_weights:
+        model = SiglipVisionModel(vision_config(name))
+        side = model.config.image_size
+        processor = SiglipImageProcessor(size={"height": side, "width": side})
+    else:
+        model = _pretrained(SiglipVisionModel, "siglip_vision_model", name)
+        processor = _from_source(AutoImageProcessor, name)
+        side = model.config.image_size
+        if (processor.size["height"], processor.size["width"]) != (side, side):
+            raise InputError(
+                f"model {name}: its processor makes {processor.size} of a picture, the tower takes {side}"
+            )
+
+    def prepare(picture: Image.Image) -> torch.Tensor:
+        # channels first: in the other layout a picture three pixels high is ambiguous
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return processor(pixels, return_tensors="pt")["pixel_values"][0]
+
+    return Tower(_frozen(model), prepare, model.config.hidden_size, picture_size=side)
+
+
+def text_tower(
+    name: str, *, random_weights: bool = False, corpus: list[str] = (), folder: Path | None = None
+) -> Tower:
+    """Text tower of checkpoint `name`, or its architecture with weights from torch's seed.
+
+    With random weights the tokenizer is trained on `corpus` once and kept in `folder`.
+    """
+    if random_weights:
+        config = text_config(name)
+        tokenizer = trained_tokenizer(corpus, config.vocab_size, folder)
+        model = SiglipTextModel(config)
+    else:
+        model = _pretrained(SiglipTextModel, "siglip_text_model", name)
+        tokenizer = _from_source(AutoTokenizer, name)
+    max_tokens = model.config.max_position_embeddings
+
+    def prepare(texts: list[str]) -> torch.Tensor:
+        # SigLIP was trained on exactly 64 tokens, padding included and not masked, and pools the last position,
+        # which is padding for a short text. Padding only to the longest text of a batch would change every
+        # embedding and make it depend on its neighbours, so there is nothing to gain by sorting by length.
+        return tokenizer(
+            texts, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt"
+        )["input_ids"]
+
+    vocabulary = str(sorted(tokenizer.get_vocab().items()))
+    return Tower(_frozen(model), prepare, model.config.projection_size, vocabulary=vocabulary)
+
+
+def vision_config(name: str) -> SiglipVisionConfig:
+    return SiglipVisionConfig(**_architecture(VISION_CONFIGS, name))
+
+
+def text_config(name: str) -> SiglipTextConfig:
+    # transformers' default end token, 49407, lies outside SigLIP's vocabulary
+    return SiglipTextConfig(
+        **_architecture(TEXT_CONFIGS, name), bos_token_id=None, eos_token_id=END_ID, pad_token_id=END_ID
+    )
+
+
+def trained_tokenizer(corpus: list[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
+    """Lower-case BPE tokenizer of at most `vocab_size` tokens, trained on `corpus` once.
+
+    The file name holds a hash of the corpus, so train and test share it and other texts get their own.
+    """
+    digest = hashlib.sha256("\0".join(corpus).encode()).hexdigest()[:16]
+    path = folder / f"tokenizer_{vocab_size}_{digest}.json"
+    if not path.is_file():
+        with atomic_write(path) as file:
+            file.write(_train_bpe(corpus, vocab_size).to_str())
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(path), eos_token=END, pad_token=END, unk_token=UNKNOWN, padding_side="right"
+    )
+
+
+def _train_bpe(corpus: list[str], vocab_size: int):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, END_ID)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PADDING, END, UNKNOWN], limit_alphabet=500, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def _architecture(known: dict[str, dict[str, int]], name: str) -> dict[str, int]:
+    if name not in known:
+        raise InputError(f"model {name}: --random-weights knows the architectures {', '.join(known)}")
+    return known[name]
+
+
+def _pretrained(model_class: type, tower_type: str, name: str) -> SiglipVisionModel | SiglipTextModel:
+    """One tower out of a checkpoint that usually holds both."""
+    logging.set_verbosity_error()  # it would list the other tower's weights as unexpected
+    config = _from_source(AutoConfig, name)
+    if config.model_type not in ("siglip", tower_type):
+        raise InputError(
+            f"model {name}: a {config.model_type} checkpoint; this stage takes SigLIP checkpoints"
+        )
+    model, report = _from_source(
+        model_class, name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    # transformers would fill either with random numbers
+    if bad := sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"]):
+        raise InputError(
+            f"model {name}: {len(bad)} weights of this tower are missing or misshapen, first {bad[0]}"
+        )
+    return model
+
+
+def _from_source(loader: type, name: str, **options: Any) -> Any:
+    """`loader.from_pretrained` with one line for what is not there."""
+    source = require_model_source(name)
+    try:
+        return loader.from_pretrained(source, **options)
+    except ImportError as error:
+        # SigLIP's tokenizer is a SentencePiece model, and transformers does not bring that library
+        reason = str(error).strip().split(". ")[0]
+        raise InputError(f"model {name}: {reason}; pip install sentencepiece") from None
+    except (OSError, ValueError) as error:
+        if Path(source).is_dir():
+            raise InputError(f"model {name}: {' '.join(str(error).split())[:200]}") from None
+        raise missing_model(name, error) from None
+
+
+def _frozen(model):
+    return model.eval().requires_grad_(False)

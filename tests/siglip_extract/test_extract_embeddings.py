@@ -1,0 +1,247 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from contracts.embeddings import ShardedExtraction, align, iterate_embeddings, read_embeddings
+from contracts.errors import InputError
+from contracts.files import read_json, write_json
+from contracts.images import open_picture
+from contracts.splits import leaked_folds
+from contracts.workspace import Workspace
+from siglip_extract.config import PRESETS, Settings
+from siglip_extract.extract_embeddings import load_tower, main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROWS = 60
+NAMES = {"image": "siglip_image", "text": "siglip_text"}
+
+
+def copy_workspace(source: Path, folder: Path) -> Workspace:
+    """The prepared tables and pictures of `source` as a workspace of its own."""
+    workspace = Workspace(folder)
+    shutil.copytree(source / "data", folder / "data")
+    shutil.copytree(Workspace(source).images_folder(), folder / "pictures")
+    catalog = read_json(workspace.path("catalog"))
+    write_json(workspace.path("catalog"), {**catalog, "images_folder": str(folder / "pictures")})
+    return workspace
+
+
+def small_workspace(source: Path, folder: Path) -> Workspace:
+    """The first rows of the sample, both splits, with every fault a picture or a text can have."""
+    workspace = copy_workspace(source, folder)
+    pictures = workspace.images_folder()
+    for split in ("train", "test"):
+        table = workspace.prepared(split).head(ROWS)
+        if split == "train":
+            assert all((pictures / name).is_file() for name in table["image"][:6])
+            (pictures / table["image"][0]).unlink()
+            (pictures / table["image"][1]).write_bytes(b"<html>")
+            whole = (pictures / table["image"][2]).read_bytes()
+            (pictures / table["image"][2]).write_bytes(whole[: len(whole) // 2])
+            table.loc[3, "image"] = ""
+            Image.new("RGB", (1, 400)).save(pictures / table["image"][4], "PNG")
+            table.loc[5, ["entity_name", "catalog_content", "text"]] = ["", "", " [SEP] "]
+        table.to_csv(workspace.path("prepared", split=split), index=False)
+    return workspace
+
+
+def run(workspace: Workspace, split: str, *flags: str) -> None:
+    main([split, "--preset", "tiny", "--device", "cpu", "--storage", "float32",
+          "--workspace", str(workspace.root), *flags])  # fmt: skip
+
+
+def embedded(workspace: Workspace, tower: str, split: str = "train"):
+    return read_embeddings(workspace.path("embeddings", name=NAMES[tower], split=split))
+
+
+def failures(workspace: Workspace, split: str = "train") -> pd.DataFrame:
+    path = workspace.path("image_failures", name="siglip_image", split=split)
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+@pytest.fixture(scope="module")
+def source(sample_workspace, tmp_path_factory):
+    return small_workspace(sample_workspace, tmp_path_factory.mktemp("small")).root
+
+
+@pytest.fixture(scope="module")
+def done(source, tmp_path_factory):
+    """Both towers over both splits, one process, several shards."""
+    workspace = copy_workspace(source, tmp_path_factory.mktemp("done"))
+    for split in ("train", "test"):
+        run(workspace, split, "--shard-rows", "25", "--batch-size", "16")
+    return workspace
+
+
+@pytest.fixture
+def fresh(source, tmp_path):
+    return copy_workspace(source, tmp_path)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_contract(done, tower):
+    for split in ("train", "test"):
+        table, content = done.prepared(split), embedded(done, tower, split)
+        assert content.sample_ids.tolist() == table["sample_id"].tolist()
+        assert content.meta["split"] == split and "random weights" in content.meta["model"]
+        assert leaked_folds(content.meta["fitted_on"], tuple(range(10))) == []
+        assert (content.embeddings[~content.valid] == 0).all()
+        # rows differ, so the tower saw them
+        assert content.embeddings[content.valid].std(axis=0).min() > 1e-3
+    train, test = embedded(done, tower), embedded(done, tower, "test")
+    assert train.meta["checkpoint"] == test.meta["checkpoint"] and train.width == test.width
+    assert not list(done.path("embeddings", name="x", split="y").parent.glob("*.shards"))
+
+
+def test_bad_pictures_are_recorded(done):
+    table, content, failed = done.prepared("train"), embedded(done, "image"), failures(done)
+    assert list(failed.columns) == ["sample_id", "image", "reason"]
+    assert set(failed["sample_id"]) == set(content.sample_ids[~content.valid])
+    reasons = failed.set_index("sample_id")["reason"].reindex(table["sample_id"]).tolist()
+    assert reasons[:2] == ["missing", "not a picture"] and reasons[2].startswith("damaged")
+    assert reasons[3] == "no image link"
+    assert content.valid[4]  # one pixel wide, and still a picture
+
+
+def test_empty_text_is_invalid(done):
+    valid = embedded(done, "text").valid
+    assert np.flatnonzero(~valid).tolist() == [5]
+
+
+def test_embeddings_do_not_depend_on_neighbours(done):
+    """Every row alone, straight through its tower, gives what the batches gave."""
+    table = done.prepared("train")
+    settings = Settings(**{**PRESETS["tiny"], "preset": "tiny", "workspace": str(done.root)})
+    image, text = load_tower("image", settings), load_tower("text", settings)
+    pictures, texts = embedded(done, "image"), embedded(done, "text")
+    with torch.inference_mode():
+        for row in range(6, 20):
+            ids = text.prepare([table["text"][row]])
+            alone = text.model(input_ids=ids).pooler_output[0].numpy()
+            np.testing.assert_allclose(texts.embeddings[row], alone, atol=1e-5)
+            if pictures.valid[row]:
+                picture = open_picture(done.images_folder() / table["image"][row], min_side=64)
+                alone = image.model(pixel_values=image.prepare(picture)[None]).pooler_output[0].numpy()
+                np.testing.assert_allclose(pictures.embeddings[row], alone, atol=1e-5)
+
+
+def test_shuffled_table_gives_the_same_rows(done, fresh):
+    path = fresh.path("prepared", split="train")
+    pd.read_csv(path, dtype=str, keep_default_na=False).sample(frac=1, random_state=1).to_csv(
+        path, index=False
+    )
+    shutil.copytree(done.path("run", name="siglip_extract"), fresh.path("run", name="siglip_extract"))
+    run(fresh, "train", "--tower", "image", "--batch-size", "7")
+    expected = embedded(done, "image")
+    shuffled = align(embedded(fresh, "image"), expected.sample_ids)
+    np.testing.assert_array_equal(shuffled.valid, expected.valid)
+    np.testing.assert_allclose(shuffled.embeddings, expected.embeddings, atol=1e-5)
+
+
+def test_interrupted_run_continues(done, fresh, monkeypatch, capsys):
+    flags = ("--tower", "image", "--shard-rows", "25", "--batch-size", "16")
+    write, written = ShardedExtraction.write, []
+
+    def write_two(self, rows, *content):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(rows.start)
+        write(self, rows, *content)
+
+    monkeypatch.setattr(ShardedExtraction, "write", write_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(fresh, "train", *flags)
+    assert written == [0, 25]
+    assert not fresh.path("embeddings", name="siglip_image", split="train").exists()
+
+    def write_and_note(self, rows, *content):
+        written.append(rows.start)
+        write(self, rows, *content)
+
+    monkeypatch.setattr(ShardedExtraction, "write", write_and_note)
+    run(fresh, "train", *flags)
+    assert written == [0, 25, 50]
+    assert "2 of 3 shards were there already" in capsys.readouterr().out
+    resumed, expected = embedded(fresh, "image"), embedded(done, "image")
+    np.testing.assert_array_equal(resumed.embeddings, expected.embeddings)
+    np.testing.assert_array_equal(resumed.valid, expected.valid)
+    pd.testing.assert_frame_equal(failures(fresh), failures(done))
+
+
+def test_kept_shards_are_made_again_when_an_input_changes(fresh, monkeypatch):
+    flags = ("--tower", "image", "--shard-rows", "30", "--keep-shards")
+    run(fresh, "train", *flags)
+    path = fresh.path("embeddings", name="siglip_image", split="train")
+    shards = list(iterate_embeddings(path))
+    assert [len(shard.valid) for shard in shards] == [30, 30] and not path.exists()
+    assert not shards[0].valid[0]
+
+    times = [file.stat().st_mtime_ns for file in sorted(path.parent.glob("*.shards/0*.pkl"))]
+    run(fresh, "train", *flags)
+    assert times == [file.stat().st_mtime_ns for file in sorted(path.parent.glob("*.shards/0*.pkl"))]
+
+    Image.new("RGB", (80, 80), "green").save(fresh.images_folder() / fresh.prepared("train")["image"][0])
+    run(fresh, "train", *flags)
+    assert next(iterate_embeddings(path)).valid[0]
+
+
+def test_other_encoder_for_the_other_split_is_reported(done, fresh, capsys):
+    shutil.copytree(done.root / "data" / "embeddings", fresh.root / "data" / "embeddings")
+    run(fresh, "test", "--tower", "image")
+    assert "warning" not in capsys.readouterr().err
+    run(fresh, "test", "--tower", "image", "--seed", "1")
+    assert "siglip_image_train.pkl comes from another encoder" in capsys.readouterr().err
+
+
+def test_missing_model_offline_leaves_nothing(fresh):
+    with pytest.raises(InputError, match="nobody/nothing") as error:
+        main(["train", "--tower", "image", "--image-model", "nobody/nothing", "--device", "cpu",
+              "--workspace", str(fresh.root)])  # fmt: skip
+    assert "\n" not in str(error.value)
+    assert not (fresh.root / "data" / "embeddings").exists()
+
+
+@pytest.mark.parametrize("flags", [["--batch-size", "0"], ["--shard-rows", "0"], ["--workers", "-1"]])
+def test_refused_settings(done, flags):
+    with pytest.raises(InputError, match=flags[0]):
+        run(done, "train", "--tower", "image", *flags)
+
+
+def test_script_in_its_folder_shows_help_without_torch():
+    code = (
+        "import sys, runpy\nsys.argv = ['extract_embeddings.py', '--help']\n"
+        "try: runpy.run_path('extract_embeddings.py', run_name='__main__')\n"
+        "except SystemExit as end: sys.exit(end.code or ('torch' in sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY / "siglip_extract", capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--image-model" in result.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(done, fresh):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "-m", "siglip_extract.extract_embeddings", "train", "--preset", "tiny", "--device", "cpu",
+               "--storage", "float32", "--workspace", str(fresh.root),
+               "--shard-rows", "25", "--batch-size", "16"]  # fmt: skip
+    result = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    for tower in NAMES:
+        one, two = embedded(done, tower), embedded(fresh, tower)
+        assert one.sample_ids.tolist() == two.sample_ids.tolist()
+        np.testing.assert_array_equal(one.valid, two.valid)
+        np.testing.assert_allclose(two.embeddings, one.embeddings, atol=1e-6)
+        assert one.meta["checkpoint"] == two.meta["checkpoint"]
+    pd.testing.assert_frame_equal(failures(fresh), failures(done))

@@ -29,7 +29,8 @@ from contracts.files import atomic_write, read_json, sha256_file, write_json
 from contracts.splits import N_FOLDS
 
 SCHEMA = 1
-REQUIRED_META = ("name", "split", "model", "fitted_on", "split_hash", "command")
+REQUIRED_META = ("name", "split", "model", "checkpoint", "fitted_on", "split_hash", "command")
+"""`checkpoint` identifies the encoder's weights: embeddings of two encoders live in different spaces."""
 _SAFE_GLOBALS = {
     (f"numpy.{core}.{module}", name)
     for core in ("core", "_core")

@@ -70,7 +70,7 @@ def fit_and_score(settings: TrainingSettings, data: TrainingData, build_model: B
     print(f"{parameters:,} parameters; {len(fit)} rows to fit, {len(stop)} to stop on")
     outcome = train(model, data.table, fit, stop, settings, run)
 
-    _save_model(folder, model, data.table.widths, target)
+    _save_model(folder, model, data.table, target)
     plot_training_curves(folder / "training_curves.png", run.metrics(), title=settings.run)
     summary = {"parameters": parameters, **outcome}
     if data.roles.validate:
@@ -96,13 +96,18 @@ def _validate(workspace: Workspace, settings: TrainingSettings, data: TrainingDa
     return scores
 
 
-def _save_model(folder: Path, model: nn.Module, widths: dict[str, int], target: Target) -> None:
+def _save_model(folder: Path, model: nn.Module, table: FusionTable, target: Target) -> None:
     from safetensors.torch import save_file
 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
-    write_json(folder / "inputs.json", {"widths": widths, "mean_price": target.mean_price,
-                                        "mean_log_price": target.mean_log_price})  # fmt: skip
+    inputs = {
+        "widths": table.widths,
+        "encoders": {name: meta["checkpoint"] for name, meta in table.meta.items()},
+        "mean_price": target.mean_price,
+        "mean_log_price": target.mean_log_price,
+    }
+    write_json(folder / "inputs.json", inputs)
 
 
 @dataclass
@@ -132,18 +137,24 @@ def load_trained(
 def load_for(
     trained: TrainedModel, workspace: Workspace, split: str, modalities: tuple[str, ...]
 ) -> FusionTable:
-    """The table a trained model is applied to. Raises InputError where widths differ from the trained ones."""
+    """The table a trained model is applied to.
+
+    Raises InputError where an embedding file has another width or another encoder than the model was trained on.
+    """
     table = load_table(workspace, split, modalities, trained.settings.use)
-    expected = read_json(trained.folder / "inputs.json")["widths"]
-    for name, width in table.widths.items():
-        if name in (trained.settings.use or modalities) and width != expected[name]:
-            path = workspace.path("embeddings", name=name, split=split)
+    expected = read_json(trained.folder / "inputs.json")
+    for name, width in expected["widths"].items():
+        path = workspace.path("embeddings", name=name, split=split)
+        if name not in table.meta:  # left out by --use: the placeholder may have another width
+            table.embeddings[name] = torch.zeros(len(table.rows), width)
+        elif table.widths[name] != width:
             raise InputError(
-                f"{path}: width {width}, but {trained.folder.name} was trained with {expected[name]}"
+                f"{path}: width {table.widths[name]}, but {trained.folder.name} was trained with {width}"
             )
-    if trained.settings.use:  # an absent file leaves a placeholder of unknown width
-        for name in set(modalities) - set(trained.settings.use):
-            table.embeddings[name] = torch.zeros(len(table.rows), expected[name])
+        elif table.meta[name]["checkpoint"] != expected["encoders"][name]:
+            raise InputError(
+                f"{path}: made by another encoder than the one {trained.folder.name} was trained on"
+            )
     print(table.coverage())
     return table.to(trained.device)
 

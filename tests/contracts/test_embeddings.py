@@ -18,6 +18,7 @@ from contracts.files import sha256_file
 from contracts.splits import fitted_on
 
 META = {
+    "checkpoint": "sha",
     "name": "clip_image", "split": "train", "model": "m", "fitted_on": fitted_on(encoder_folds=(3,)),
     "split_hash": "h", "command": "c",
 }  # fmt: skip

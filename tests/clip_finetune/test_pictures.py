@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_finetune.pictures import CatalogRows, Data, fold_of_each_row, reasons_unusable
+from clip_finetune.config import PRESETS, ClipSettings
+from clip_finetune.pictures import CatalogRows, Data, epoch_steps, fold_of_each_row, reasons_unusable
 from contracts.errors import InputError
 from contracts.splits import roles
 from contracts.workspace import Workspace
@@ -47,3 +48,22 @@ def test_folds_of_another_table_are_refused(sample_workspace):
     other = workspace.prepared("train").assign(sample_id=lambda table: "x" + table["sample_id"])
     with pytest.raises(InputError, match="folds.csv: no fold for sample_id x"):
         fold_of_each_row(workspace, other)
+
+
+def test_epoch_steps():
+    settings = ClipSettings(**(PRESETS["tiny"] | {"batch_size": 8, "grad_accum": 2}))
+    rows = np.arange(100, 205)
+    steps = epoch_steps(rows, settings, 0, 1)
+    assert sorted(np.concatenate(steps)) == rows.tolist() and {len(step) for step in steps} == {15}
+    assert all(np.array_equal(*pair) for pair in zip(steps, epoch_steps(rows, settings, 0, 1), strict=True))
+    assert not np.array_equal(steps[0], epoch_steps(rows, settings, 1, 1)[0])
+    for processes in (2, 4):
+        found = epoch_steps(rows, settings, 0, processes)
+        assert all(len(step) % processes == 0 and len(step) <= 16 * processes for step in found)
+        assert sum(map(len, found)) > 105 - len(found) * processes
+
+
+def test_no_step_is_empty():
+    """Five rows for two processes in steps of two: the fifth row alone cannot be shared."""
+    settings = ClipSettings(**(PRESETS["tiny"] | {"batch_size": 2, "grad_accum": 1}))
+    assert [len(step) for step in epoch_steps(np.arange(5), settings, 0, 2)] == [2, 2]

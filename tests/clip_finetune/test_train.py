@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from clip_finetune import extract_embeddings, train
-from clip_finetune.config import PRESETS, ClipSettings
 from contracts.embeddings import read_embeddings
 from contracts.errors import InputError
 from contracts.runs import RunFolder
@@ -143,11 +142,19 @@ def test_interrupted_extraction_continues(finished, tmp_path, monkeypatch):
     assert np.allclose(content.embeddings, expected.embeddings, atol=1e-6)
 
 
-def test_resumed_run_equals_uninterrupted(sample_workspace, tmp_path, monkeypatch):
-    """Stopped in the middle of the second epoch, just after a checkpoint."""
-    flags = ["--checkpoint-steps", "2", "--unfreeze-blocks", "1", "--unfreeze-per-epoch", "1"]
+@pytest.mark.parametrize("last", [4, 3], ids=["in the second epoch", "before the first evaluation"])
+def test_resumed_run_equals_uninterrupted(sample_workspace, tmp_path, monkeypatch, last):
+    """Stopped just after the checkpoint of step `last`; an epoch has three steps."""
+    flags = [
+        "--checkpoint-steps",
+        "2" if last == 4 else "3",
+        "--unfreeze-blocks",
+        "1",
+        "--unfreeze-per-epoch",
+        "1",
+    ]
     whole, stopped = (
-        copy_workspace(sample_workspace, tmp_path / name, rows=200) for name in ("whole", "stopped")
+        copy_workspace(sample_workspace, tmp_path / name, rows=220) for name in ("whole", "stopped")
     )
     run_train(whole, *flags)
 
@@ -155,7 +162,7 @@ def test_resumed_run_equals_uninterrupted(sample_workspace, tmp_path, monkeypatc
 
     def save_and_stop(run, step, *args):
         save(run, step, *args)
-        if step == 4:
+        if step == last:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(RunFolder, "save_checkpoint", save_and_stop)
@@ -163,7 +170,8 @@ def test_resumed_run_equals_uninterrupted(sample_workspace, tmp_path, monkeypatc
         run_train(stopped, *flags)
     monkeypatch.undo()
     logged = RunFolder(stopped / "checkpoints/clip_finetune").metrics()
-    assert logged[-1]["step"] == 4 and "epoch" not in logged[-1]  # epoch 1 ended after step 3
+    assert logged[-1]["step"] == last and "epoch" not in logged[-1]
+    assert len([line for line in logged if "epoch" in line]) == last - 3
     run_train(stopped, *flags, "--resume")
 
     runs = [RunFolder(folder / "checkpoints/clip_finetune") for folder in (whole, stopped)]
@@ -174,6 +182,22 @@ def test_resumed_run_equals_uninterrupted(sample_workspace, tmp_path, monkeypatc
     before = (stopped / "checkpoints/clip_finetune/summary.json").read_text()
     run_train(stopped, *flags, "--resume")  # a finished run is left alone
     assert (stopped / "checkpoints/clip_finetune/summary.json").read_text() == before
+
+
+def test_the_best_epoch_is_kept(sample_workspace, tmp_path, monkeypatch):
+    import clip_finetune.evaluation
+
+    workspace, seen = copy_workspace(sample_workspace, tmp_path / "best", rows=60), []
+
+    def evaluate(model, *_):
+        seen.append({name: value.clone() for name, value in model.clip.state_dict().items()})
+        return {"smape": [50.0, 40.0, 60.0, 0.0][len(seen) - 1]}  # the fourth is the validation
+
+    monkeypatch.setattr(clip_finetune.evaluation, "evaluate", evaluate)
+    assert run_train(workspace, "--epochs", "3")["best"] == {"epoch": 2, "score": 40.0, "smape": 40.0}
+    saved = load_file(workspace / "checkpoints/clip_finetune/open_clip_model.safetensors")
+    assert all(torch.equal(saved[name], seen[1][name]) for name in saved)
+    assert not torch.equal(saved["logit_scale"], seen[2]["logit_scale"])
 
 
 def test_catalogue_without_pictures(sample_workspace, tmp_path, capsys):
@@ -222,21 +246,6 @@ def test_a_loss_that_is_not_a_number_ends_the_run(sample_workspace, tmp_path, mo
         run_train(workspace)
     with pytest.raises(InputError, match="no finished run"):
         extract(workspace, "train")
-
-
-def test_epoch_steps():
-    settings = ClipSettings(**(PRESETS["tiny"] | {"batch_size": 8, "grad_accum": 2}))
-    rows = np.arange(100, 205)
-    steps = train.epoch_steps(rows, settings, 0, 1)
-    assert sorted(np.concatenate(steps)) == rows.tolist() and {len(step) for step in steps} == {15}
-    assert all(
-        np.array_equal(*pair) for pair in zip(steps, train.epoch_steps(rows, settings, 0, 1), strict=True)
-    )
-    assert not np.array_equal(steps[0], train.epoch_steps(rows, settings, 1, 1)[0])
-    for processes in (2, 4):
-        found = train.epoch_steps(rows, settings, 0, processes)
-        assert all(len(step) % processes == 0 and len(step) <= 16 * processes for step in found)
-        assert sum(map(len, found)) > 105 - len(found) * processes
 
 
 def test_learning_rate_rises_then_falls():

@@ -122,10 +122,9 @@ class RunFolder:
         folder = self.path / f"step_{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in weights.items()},
-            folder / "weights.safetensors",
-        )
+        file = folder / "weights.safetensors"
+        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, file)
+        file.chmod(0o644)  # safetensors makes files that only the owner can read
         torch.save(state, folder / "state.pt")
         (folder / MARKER).touch()
         for old in self._checkpoints()[:-keep]:

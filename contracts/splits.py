@@ -38,11 +38,11 @@ class Roles:
 
 
 def roles(holdout: int | None) -> Roles:
-    """Roles for hold-out 0 to 4; None validates on nothing and fits on nine folds, for a final model."""
+    """Roles for hold-out 0 to 4; None (--holdout null) validates on nothing, for a final model."""
     if holdout is None:
         return Roles(fit=tuple(range(1, N_FOLDS)), stop=(0,), validate=())
     if not 0 <= holdout < N_HOLDOUTS:
-        raise InputError(f"--holdout {holdout}: must be 0 to {N_HOLDOUTS - 1}, or none")
+        raise InputError(f"--holdout {holdout}: must be 0 to {N_HOLDOUTS - 1}, or null")
     validate = (2 * holdout, 2 * holdout + 1)
     stop = ((2 * holdout + 2) % N_FOLDS,)
     fit = tuple(fold for fold in range(N_FOLDS) if fold not in validate + stop)

@@ -31,13 +31,7 @@ def single_modality(workspace: Path, name: str, *use: str) -> list[list[str]]:
     out = workspace / "predictions" / f"{run}.csv"
     return [
         ["fusion.all_embeddings.train", "--preset", "tiny", "--run", run, "--use", *use],
-        [
-            "fusion.all_embeddings.predict_test",
-            "--run",
-            run,
-            "--out",
-            str(workspace / "predictions" / f"{run}_out.csv"),
-        ],
+        ["fusion.all_embeddings.predict_test", "--run", run, "--out", str(out)],
     ]
 
 

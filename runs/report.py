@@ -33,7 +33,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem aut
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0 }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #eee }
-th:first-child, td:first-child { text-align: left } td.text { text-align: left; max-width: 26rem }
+th:first-child, td:first-child { text-align: left } .text { text-align: left; max-width: 26rem }
 img { max-width: 100% } td img { display: block } .note { color: #666 } code { background: #f4f4f4; padding: 0 .3em }
 </style></head><body><h1>$title</h1>$body</body></html>
 """)
@@ -123,7 +123,7 @@ def _product_table(workspace: Workspace, rows: pd.DataFrame) -> str:
         f"<td>${row.predicted:.2f}</td><td>{row.SMAPE:.0f}</td></tr>"
         for row in rows.itertuples()
     ]
-    header = "<tr><th></th><th>product</th><th>price</th><th>predicted</th><th>SMAPE</th></tr>"
+    header = "<tr><th></th><th class=text>product</th><th>price</th><th>predicted</th><th>SMAPE</th></tr>"
     return f"<table>{header}{''.join(lines)}</table>"
 
 

@@ -97,8 +97,8 @@ def write_scores(workspace: Path, sample: Path | None = None) -> str:
         table = pd.concat([table, pd.DataFrame([best])], ignore_index=True)
     table["rows"] = table["rows"].astype("Int64")
     with atomic_write(workspace / "scores.csv") as file:
-        table.to_csv(file, index=False)
-    return table.to_string(index=False, na_rep="", justify="right")
+        table.to_csv(file, index=False, float_format="%.2f")
+    return table.to_string(index=False, na_rep="", justify="right", float_format="%.2f")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -63,7 +63,7 @@ class AllEmbeddingsSettings(ModelConfig, TrainingSettings):
 
 PRESETS = {
     "base": {},
-    "tiny": {"width": 64, "heads": 4, "epochs": 60, "patience": 15, "lr": 2e-3, "lr_patience": 5},
+    "tiny": {"width": 64, "heads": 4, "epochs": 150, "patience": 20, "lr": 2e-3, "lr_patience": 5},
 }
 
 

@@ -28,7 +28,7 @@ class QwenClipSettings(TrainingSettings):
 
 PRESETS = {
     "base": {},
-    "tiny": {"hidden": 64, "heads": 4, "epochs": 60, "patience": 15, "lr": 2e-3, "lr_patience": 5},
+    "tiny": {"hidden": 64, "heads": 4, "epochs": 150, "patience": 20, "lr": 2e-3, "lr_patience": 5},
 }
 
 

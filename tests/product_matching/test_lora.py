@@ -14,7 +14,13 @@ from transformers import (
 from contracts.errors import InputError
 from product_matching.lora import add_lora, target_layers, trainable
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 50,
+}
 ARCHITECTURES = {
     "bert": lambda: BertModel(BertConfig(**SMALL)),
     "mpnet": lambda: MPNetModel(MPNetConfig(**SMALL)),
@@ -45,7 +51,9 @@ def test_every_adapter_receives_a_gradient(name):
     transformer(input_ids=tokens).last_hidden_state.pow(2).sum().backward()
     # B starts at zero, so at first only B has a gradient
     ups = {name: weight.grad for name, weight in trainable(transformer).items() if "lora_B" in name}
-    assert len(ups) == 12 and all(gradient is not None and gradient.abs().sum() > 0 for gradient in ups.values())
+    assert len(ups) == 12 and all(
+        gradient is not None and gradient.abs().sum() > 0 for gradient in ups.values()
+    )
 
 
 def test_one_wrong_name_is_an_error_even_beside_right_ones():

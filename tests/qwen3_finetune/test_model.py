@@ -2,12 +2,15 @@
 
 import dataclasses
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from contracts.errors import InputError
+from contracts.torch_setup import guard_torchvision
 from qwen3_finetune.config import ARCHITECTURES, PRESETS, QwenSettings
 from qwen3_finetune.data import pad
 from qwen3_finetune.model import (
@@ -15,10 +18,10 @@ from qwen3_finetune.model import (
     PriceModel,
     add_lora,
     build_model,
-    choose_pooling,
     linear_layers,
     lora_layers_and_weights,
     pool,
+    resolve,
     save_model,
 )
 
@@ -38,6 +41,7 @@ def random_texts(*lengths):
 
 
 def test_qwen_embedding_gets_exactly_the_published_adapter():
+    guard_torchvision()
     from transformers import Qwen3Config, Qwen3Model
 
     with torch.device("meta"):
@@ -96,8 +100,24 @@ def check_padding_invariance(model: PriceModel, side: str):
 
 
 def test_pooling_follows_the_model():
-    assert choose_pooling(QwenSettings(model=str(MINILM))) == "mean"  # its 1_Pooling/config.json
-    assert choose_pooling(tiny(pooling="auto")) == "last"
+    assert resolve(QwenSettings(model=str(MINILM)), CPU).pooling == "mean"
+    assert resolve(tiny(pooling="auto"), CPU).pooling == "last"
+    assert resolve(tiny(pooling="cls"), CPU).pooling == "cls"
+
+
+@pytest.mark.parametrize(
+    ("stated", "pooling"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+    ],
+)
+def test_pooling_is_read_from_the_models_own_file(tmp_path, stated, pooling):
+    shutil.copy(MINILM / "config.json", tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(stated))
+    assert resolve(QwenSettings(model=str(tmp_path)), CPU).pooling == pooling
 
 
 def test_head_standardises_by_the_rows_it_was_fitted_on_and_stores_that(tmp_path):

@@ -217,7 +217,7 @@ def test_bad_settings_get_one_line_and_leave_nothing(sample_workspace, tmp_path,
 
 def test_two_processes_train_as_one(sample_workspace, tmp_path):
     workspace = copy_of(sample_workspace, tmp_path / "workspace")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "qwen3_finetune.train", *QUICK, "--epochs", "1", "--workspace", str(workspace)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,6 +6,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# Threads that wait by spinning starve each other where cores are shared: measured 20 times slower (LOG.md).
+export OMP_WAIT_POLICY := PASSIVE
 
 PRESET ?= base
 OUT ?= .

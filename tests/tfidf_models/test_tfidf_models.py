@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+import torch
+
+from contracts.catalog import read_table
+from contracts.errors import InputError
+from contracts.smape import smape
+from contracts.splits import roles
+from contracts.workspace import Workspace
+from tfidf_models import train
+from tfidf_models.config import TfidfSettings
+from tfidf_models.features import build_features
+from tfidf_models.models import MODELS, neighbour_features
+from tfidf_models.sparse_mlp import PriceBins, SparseMlp, as_tensors
+
+
+@pytest.fixture(scope="module")
+def tables(sample_workspace):
+    workspace = Workspace(sample_workspace)
+    return workspace.prepared("train"), workspace.prepared("test")
+
+
+@pytest.fixture
+def workspace(sample_workspace, tmp_path):
+    import shutil
+
+    shutil.copytree(sample_workspace / "data", tmp_path / "data")
+    return Workspace(tmp_path)
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_each_model_learns_and_prices_every_row_out_of_fold(workspace, model):
+    flags = [
+        "--workspace",
+        str(workspace.root),
+        "--model",
+        model,
+        "--seeds",
+        "1",
+        "--epochs",
+        "12",
+        "--svd",
+        "32",
+    ]
+    score = train.main([*flags, "--lr", "5e-3"])["smape"]
+    table = workspace.prepared("train")
+    price = table["price"].to_numpy()
+    assert score < smape(price, np.full(len(price), np.median(price))) - 8
+    for split in ("train", "test"):
+        predictions = read_table(workspace.path("predictions", name=f"tfidf_{model}", split=split))
+        assert predictions["sample_id"].tolist() == workspace.prepared(split)["sample_id"].tolist()
+        assert np.isfinite(predictions["log_price"].astype(float)).all()
+
+
+def test_a_rows_own_price_never_reaches_its_prediction(workspace):
+    """Change the prices of one hold-out: its own predictions stay, those of others move."""
+    flags = ["--workspace", str(workspace.root), "--model", "ridge"]
+    train.main(flags)
+    path = workspace.path("predictions", name="tfidf_ridge", split="train")
+    before = read_table(path)["log_price"].astype(float)
+    prepared = workspace.path("prepared", split="train")
+    table = workspace.prepared("train")
+    asked = np.isin(workspace.folds()[table["sample_id"]], roles(2).validate)
+    table.loc[asked, "price"] *= 7
+    table.to_csv(prepared, index=False)
+    train.main(flags)
+    after = read_table(path)["log_price"].astype(float)
+    np.testing.assert_allclose(after[asked], before[asked], rtol=1e-6)
+    assert (after[~asked] - before[~asked]).abs().max() > 0.1
+
+
+def test_vocabulary_comes_from_training_texts(tables):
+    train_table, test_table = tables
+    changed = test_table.assign(entity_name="ξξξψ", catalog_content="ξξξψ ψψ")
+    features, other = build_features(train_table, changed)
+    assert features.terms.shape[1] == other.terms.shape[1]
+    assert other.terms.nnz == 0
+    again, _ = build_features(train_table, test_table)
+    assert (again.terms != features.terms).nnz == 0
+
+
+def test_neighbours_of_a_fitted_row_do_not_hold_its_own_price(tables):
+    features, _ = build_features(*tables)
+    ln_price = np.log(tables[0]["price"].to_numpy())
+    seen = neighbour_features(features, ln_price, features, skip_self=True)
+    moved = ln_price.copy()
+    moved[17] += 5
+    assert neighbour_features(features, moved, features, skip_self=True)[17] == pytest.approx(seen[17])
+    own = neighbour_features(features, ln_price, features)
+    assert np.mean(own[:, 1] == ln_price) > 0.9  # without skip_self the nearest product is the row itself
+
+
+def test_best_price_minimises_expected_smape():
+    bins = PriceBins(9, scale=1.0)
+    probability = torch.softmax(torch.randn(5, 9, generator=torch.Generator().manual_seed(0)), dim=1)
+    best = bins.best_price(probability)
+    prices = torch.exp(bins.centres)
+    for row in range(5):
+
+        def expected(ln, row=row):
+            p = np.exp(ln)
+            return sum(
+                q * smape([a], [p]) for q, a in zip(probability[row].tolist(), prices.tolist(), strict=True)
+            )
+
+        assert all(expected(best[row].item()) <= expected(c) + 1e-3 for c in np.linspace(-2.8, 3.0, 36))
+
+
+def test_batch_of_rows_equals_the_dense_product(tables):
+    features, _ = build_features(*tables)
+    rows = features[np.arange(7)]
+    torch.manual_seed(0)
+    model = SparseMlp(terms=rows.terms.shape[1], structural=rows.structural.shape[1], hidden=8, outputs=2)
+    dense = torch.from_numpy(rows.terms.toarray()) @ model.terms.weight + model.structural(
+        torch.from_numpy(rows.structural)
+    )
+    torch.testing.assert_close(model(*as_tensors(rows)), model.layers(dense), rtol=1e-4, atol=1e-5)
+
+
+def test_senseless_settings():
+    with pytest.raises(InputError, match="--bins 2"):
+        TfidfSettings(bins=2)
+    with pytest.raises(InputError, match="--epochs 0"):
+        TfidfSettings(epochs=0)

@@ -1,0 +1,49 @@
+"""Settings of this stage: every default once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from contracts.errors import InputError
+from contracts.workspace import REPOSITORY
+
+MODELS = ("ridge", "lightgbm", "neighbours", "mlp", "mlp_distribution")
+
+
+@dataclass
+class TfidfSettings:
+    workspace: str = str(REPOSITORY)
+    """Folder with data/; predictions/ is written there."""
+    model: Literal["ridge", "lightgbm", "neighbours", "mlp", "mlp_distribution"] = "mlp"
+    """ridge on TF-IDF; lightgbm on its SVD; neighbours: prices of similar products; mlp: sparse MLP with a SMAPE loss;
+    mlp_distribution: the same over bins of log price, from which the price with the lowest expected SMAPE is read."""
+    name: str = ""
+    """Name of the prediction files; empty means tfidf_<model>."""
+    seeds: int = 4
+    """Networks (or forests) that are averaged."""
+    epochs: int = 6
+    """Passes of the MLP; the batch doubles after each of the first three."""
+    hidden: int = 128
+    """Width of the MLP's first layer; the others have half of it."""
+    lr: float = 1e-3
+    """Learning rate of the MLP."""
+    word_dropout: float = 0.3
+    """Share of a text's terms hidden in training."""
+    bins: int = 40
+    """Bins of the price distribution."""
+    trees: int = 500
+    """Boosting rounds of LightGBM."""
+    svd: int = 128
+    """Dimensions of the SVD that LightGBM sees."""
+    seed: int = 0
+    """First of the seeds."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "epochs", "hidden", "lr", "svd", "trees"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.bins < 3:
+            raise InputError(f"--bins {self.bins}: a distribution needs at least 3")
+        if not 0 <= self.word_dropout < 1:
+            raise InputError(f"--word-dropout {self.word_dropout}: must lie in [0, 1)")

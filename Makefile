@@ -1,5 +1,6 @@
 # make demo      sample catalogue through every stage to test_out.csv, a score table and a report page
 # make test      lint and every test
+# make accuracy  DATA=<folder> OUT=<workspace>: the text models and their ensemble, out of fold
 # make pipeline  DATA=<folder with train.csv and test.csv> PRESET=tiny|base OUT=<workspace>
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ export OMP_WAIT_POLICY := PASSIVE
 PRESET ?= base
 OUT ?= .
 
-.PHONY: demo test pipeline clean
+.PHONY: demo test pipeline accuracy clean
 
 # A stamp is newer than the pinned requirements only if they are installed.
 .venv/installed: requirements.txt pyproject.toml
@@ -36,6 +37,14 @@ test: .venv/installed-dev
 pipeline: .venv/installed
 	@test -n "$(DATA)" || { echo "error: say DATA=<folder with train.csv and test.csv>"; exit 2; }
 	$(RUN) -m runs.pipeline --data "$(DATA)" --preset "$(PRESET)" --workspace "$(OUT)"
+
+# Every text model that fits a CPU, out of fold, and their ensemble.
+TEXT_MODELS := ridge neighbours lightgbm mlp mlp_distribution
+accuracy: .venv/installed
+	@test -n "$(DATA)" || { echo "error: say DATA=<folder with train.csv and test.csv>"; exit 2; }
+	$(RUN) -m data.prepare --data "$(DATA)" --workspace "$(OUT)"
+	set -e; for model in $(TEXT_MODELS); do $(RUN) -m tfidf_models.train --model $$model --workspace "$(OUT)"; done
+	$(RUN) -m fusion.ensemble.train --workspace "$(OUT)" --intervals --members $(TEXT_MODELS:%=tfidf_%)
 
 clean:
 	rm -rf demo .pytest_cache .ruff_cache

@@ -49,6 +49,8 @@ def commands(settings: PipelineSettings) -> list[list[str]]:
         ["siglip_extract.extract_embeddings", "test", *preset],
         ["qwen3_finetune.train", *preset],
         ["qwen3_finetune.evaluate"],
+        ["qwen3_finetune.predict", "train"],
+        ["qwen3_finetune.predict", "test"],
         ["qwen3_finetune.extract_embeddings", "train"],
         ["qwen3_finetune.extract_embeddings", "test"],
         ["fusion.all_embeddings.train", *preset],

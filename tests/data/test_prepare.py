@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -91,6 +93,22 @@ def test_folds_are_the_same_each_time(tmp_path):
     first = run(tmp_path, source).path("folds").read_bytes()
     assert run(tmp_path, source).path("folds").read_bytes() == first
     assert run(tmp_path, source, "--seed", "1").path("folds").read_bytes() != first
+
+
+def test_as_a_command_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "--data",
+        str(tmp_path / "absent"),
+        "--workspace",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'absent' / 'train.csv'}: no such file\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,8 @@ def test_batching_at_prediction_changes_nothing(workspace):
 
 
 def test_summary_and_settings_stand_in_the_run_folder(workspace):
-    train.main(at(workspace, *QUICK, "--epochs", "1", "--variant", "tokens"))
+    train.main(at(workspace, *QUICK, "--epochs", "1", "--variant", "tokens", "--report-to", "tensorboard"))
     folder = workspace.path("run", name="fusion_all_embeddings")
     assert read_json(folder / "settings.json")["variant"] == "tokens"
     assert read_json(folder / "inputs.json")["widths"] == WIDTHS
+    assert list((folder / "tensorboard").glob("events*"))

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("data", "clip_finetune", "siglip_extract", "qwen3_finetune", "tfidf_models", "fusion", "product_matching")
+STAGES = (
+    "data",
+    "clip_finetune",
+    "siglip_extract",
+    "qwen3_finetune",
+    "tfidf_models",
+    "fusion",
+    "product_matching",
+)
 MAY_IMPORT = {"contracts": set(), **{stage: {"contracts"} for stage in STAGES}}
 MAY_IMPORT["runs"] = MAY_IMPORT["benchmarks"] = {"contracts", "runs", *STAGES}
 FUSION_ORDER = ("config", "blocks", "loss_functions", "dataset", "evaluation", "loop", "experiment")

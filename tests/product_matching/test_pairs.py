@@ -231,6 +231,17 @@ def test_hard_negatives_are_similar_non_matches_of_the_same_brand_or_category():
     assert (triplets.loc[triplets["anchor_id"] == "l0", "positive_id"] == "r0").all()
 
 
+def test_a_record_with_the_words_of_the_anchor_is_no_negative():
+    pairs = small_pairs()
+    pairs.right.loc[pairs.right["id"] == "r1", "title"] = "acme LEFT 0"
+    pairs.left.loc[pairs.left["id"] == "l0", "title"] = "acme left 0"
+    triplets = mine_triplets(
+        pairs, training_pairs(pairs), lambda texts: np.ones((len(texts), 2), np.float32), negatives=9
+    )
+    of_l0 = set(triplets.loc[triplets["anchor_id"] == "l0", "negative_id"])
+    assert of_l0 == {"r2", "r3"}
+
+
 def test_real_splits_keep_no_test_product_in_training(walmart_amazon):
     pairs = read_pairs(walmart_amazon)
     assert (len(pairs.right), pairs.matches("test")["left_id"].nunique()) == (5229, 191)

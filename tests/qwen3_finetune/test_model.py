@@ -211,8 +211,8 @@ def test_a_small_batch_is_overfitted():
 
 def test_tokenizer_larger_than_the_model_is_refused():
     settings = dataclasses.replace(tiny(), tokenizer="elsewhere")
-    with pytest.raises(InputError, match="--tokenizer has 9999 tokens, model tiny knows only"):
-        build_model(settings, CPU, 9999)
+    with pytest.raises(InputError, match="--tokenizer has 99999 tokens, model tiny knows only"):
+        build_model(settings, CPU, 99999)
 
 
 def test_head_ignores_the_scale_of_an_embedding():

@@ -95,7 +95,7 @@ def test_embeddings_keep_the_contract(finished):
             0
         ].item()
         np.testing.assert_allclose(content.embeddings[:, -3], quantity, atol=1e-4)
-        assert content.width == 128 + 3
+        assert content.width == 64 + 3
         assert content.meta["fitted_on"] == [[2, 3, 4, 5, 6, 7, 8, 9]] * 10
         assert content.meta["split_hash"] == split_hash(workspace.folds())
 
@@ -205,6 +205,7 @@ def test_nan_loss_ends_the_run_with_one_line(sample_workspace, tmp_path, monkeyp
         (["--train", "full", "--quantization", "nf4"], "--train full: 4-bit weights cannot be trained"),
         (["--huber-weight", "0", "--smape-weight", "0"], "--huber-weight and --smape-weight"),
         (["--holdout", "7"], "--holdout 7"),
+        (["--model", str(MINILM), "--max-length", "600"], "--max-length 600"),
     ],
 )
 def test_bad_settings_get_one_line_and_leave_nothing(sample_workspace, tmp_path, flags, message):
@@ -219,7 +220,9 @@ def test_two_processes_train_as_one(sample_workspace, tmp_path):
     workspace = copy_of(sample_workspace, tmp_path / "workspace")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "qwen3_finetune.train", *QUICK, "--epochs", "1", "--workspace", str(workspace)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (run_folder(workspace) / "metrics.jsonl").read_text().splitlines()
     steps = int(np.ceil(np.ceil(280 / 32) / 2))

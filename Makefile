@@ -1,6 +1,9 @@
 # make demo      sample catalogue through every stage to test_out.csv, a score table and a report page
 # make test      lint and every test
 # make accuracy  DATA=<folder> OUT=<workspace>: the text models and their ensemble, out of fold
+# make match-demo   two generated catalogues: train, evaluate, index, one query (no network)
+# make match-study  the measured tables of product_matching; PAIRS=<folder with walmart_amazon and abt_buy>
+#                   MATCH_MODEL=<folder or hub id of all-MiniLM-L6-v2>
 # make pipeline  DATA=<folder with train.csv and test.csv> PRESET=tiny|base OUT=<workspace>
 
 PYTHON ?= python3
@@ -13,7 +16,7 @@ export OMP_WAIT_POLICY := PASSIVE
 PRESET ?= base
 OUT ?= .
 
-.PHONY: demo test pipeline accuracy clean
+.PHONY: demo test pipeline accuracy match-demo match-study clean
 
 # A stamp is newer than the pinned requirements only if they are installed.
 .venv/installed: requirements.txt pyproject.toml
@@ -45,6 +48,41 @@ accuracy: .venv/installed
 	$(RUN) -m data.prepare --data "$(DATA)" --workspace "$(OUT)"
 	set -e; for model in $(TEXT_MODELS); do $(RUN) -m tfidf_models.train --model $$model --workspace "$(OUT)"; done
 	$(RUN) -m fusion.ensemble.train --workspace "$(OUT)" --intervals --members $(TEXT_MODELS:%=tfidf_%)
+
+MATCH := demo/matching
+MATCH_MODEL ?= sentence-transformers/all-MiniLM-L6-v2
+MATCH_SETS := walmart_amazon abt_buy
+MATCH_SEEDS := 0 1 2
+
+match-demo: .venv/installed
+	$(RUN) -m product_matching.sample_pairs --out $(MATCH)
+	$(RUN) -m product_matching.pairs --left $(MATCH)/left.csv --right $(MATCH)/right.csv --out $(MATCH)/pairs
+	$(RUN) -m product_matching.evaluate --pairs $(MATCH)/pairs --model $(MATCH)/encoder \
+		--name "base (random weights)" --out $(MATCH)/scores.csv
+	$(RUN) -m product_matching.train --pairs $(MATCH)/pairs --model $(MATCH)/encoder --workspace $(MATCH) \
+		--run demo --lr 5e-3 --epochs 8
+	$(RUN) -m product_matching.evaluate --pairs $(MATCH)/pairs --model $(MATCH)/checkpoints/demo/model \
+		--name "LoRA" --out $(MATCH)/scores.csv
+	$(RUN) -m product_matching.index build --catalogue $(MATCH)/right.csv \
+		--model $(MATCH)/checkpoints/demo/model --index $(MATCH)/index
+	cut -d, -f2,4,5,6 $(MATCH)/scores.csv
+	$(RUN) -m product_matching.search "$$(sed -n 3p $(MATCH)/left.csv | cut -d, -f2)" --index $(MATCH)/index --k 3
+
+match-study: .venv/installed
+	@test -n "$(PAIRS)" || { echo "error: say PAIRS=<folder with $(MATCH_SETS)>"; exit 2; }
+	set -e; for set in $(MATCH_SETS); do \
+		score="$(RUN) -m product_matching.evaluate --pairs $(PAIRS)/$$set --out results/product_matching_scores.csv"; \
+		$$score --model $(MATCH_MODEL) --name "base, plain text" --plain-text; \
+		$$score --model $(MATCH_MODEL) --name "base"; \
+		for seed in $(MATCH_SEEDS); do \
+			$(RUN) -m product_matching.train --pairs $(PAIRS)/$$set --model $(MATCH_MODEL) --seed $$seed \
+				--run match_$${set}_$$seed; \
+			$$score --model checkpoints/match_$${set}_$$seed/model --name "LoRA, seed $$seed"; \
+		done; \
+	done
+	$(RUN) -m benchmarks.product_matching_index --model $(MATCH_MODEL) --pairs $(PAIRS)/walmart_amazon
+	$(RUN) -m benchmarks.product_matching_load --model checkpoints/match_walmart_amazon_0/model \
+		--pairs $(PAIRS)/walmart_amazon
 
 clean:
 	rm -rf demo .pytest_cache .ruff_cache

@@ -48,13 +48,9 @@ def commands(settings: PipelineSettings) -> list[list[str]]:
         ["siglip_extract.extract_embeddings", "train", *preset],
         ["siglip_extract.extract_embeddings", "test", *preset],
         ["qwen3_finetune.train", *preset],
-        ["qwen3_finetune.evaluate"],
-        ["qwen3_finetune.predict", "train"],
-        ["qwen3_finetune.predict", "test"],
         ["qwen3_finetune.extract_embeddings", "train"],
         ["qwen3_finetune.extract_embeddings", "test"],
         ["fusion.all_embeddings.train", *preset],
-        ["fusion.all_embeddings.evaluate_by_groups"],
         ["fusion.all_embeddings.predict_test"],
     ]
 

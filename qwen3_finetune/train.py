@@ -323,7 +323,8 @@ def train(settings: QwenSettings) -> None:
     training.fit()
     if accelerator.is_main_process:
         finish(settings, training)
-    del training  # the last reference to a gloo group must not be the wrapped model's: its destructor can deadlock
+    # the last reference to a gloo group must not be the wrapped model's: its destructor can deadlock
+    del training
     accelerator.free_memory()
     accelerator.end_training()
 

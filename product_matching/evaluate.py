@@ -44,7 +44,10 @@ class Calibration:
 
     @classmethod
     def fit(cls, cosine: np.ndarray, match: np.ndarray) -> Calibration:
-        """Raises InputError when all pairs have one label, or when matches are not the more similar pairs."""
+        """A curve that would fall is laid flat at the share of matches: that encoder's cosine says nothing.
+
+        Raises InputError when all pairs have one label.
+        """
         from sklearn.linear_model import LogisticRegression
 
         if match.all() or not match.any():
@@ -53,9 +56,7 @@ class Calibration:
         fitted = LogisticRegression(C=1e6, max_iter=1000).fit(cosine[:, None], match)
         slope, intercept = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
         if slope <= 0:
-            raise InputError(
-                "validation matches are no more similar than non-matches; this encoder cannot tell them apart"
-            )
+            slope, intercept = 0.0, float(np.log(match.mean() / (1 - match.mean())))
         return cls(slope, intercept, len(match))
 
     def probability(self, cosine: np.ndarray) -> np.ndarray:

@@ -9,7 +9,9 @@ and model number out, so that shared words alone do not find the match.
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +113,7 @@ def _upc(rng: np.random.Generator) -> str:
 def write_tiny_encoder(
     folder: Path, texts: list[str], *, width: int = 64, layers: int = 2, seed: int = 0
 ) -> None:
-    """Save a small BERT with random weights, mean pooling and a WordPiece vocabulary of `texts` as a model folder."""
+    """Save a small BERT with random weights, mean pooling and the words of `texts` as a model folder."""
     from contracts.torch_setup import guard_torchvision, seed_everything
 
     guard_torchvision()
@@ -121,10 +123,9 @@ def write_tiny_encoder(
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    words = BertWordPieceTokenizer(lowercase=True)
-    words.train_from_iterator(texts, vocab_size=2000, min_frequency=2, show_progress=False)
+    pieces = BertWordPieceTokenizer(_vocabulary(texts), lowercase=True)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = BertTokenizerFast(tokenizer_object=words._tokenizer, model_max_length=64)
+    tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer, model_max_length=64)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=2 * width, max_position_embeddings=64, hidden_dropout_prob=0.0,
@@ -134,6 +135,18 @@ def write_tiny_encoder(
     transformer = Transformer(str(folder / "bert"), max_seq_length=64)
     encoder = SentenceTransformer(modules=[transformer, Pooling(width, "mean"), Normalize()], device="cpu")
     encoder.save_pretrained(str(folder), create_model_card=False)
+
+
+def _vocabulary(texts: list[str]) -> dict[str, int]:
+    """WordPiece vocabulary: every character, and every word that occurs twice.
+
+    Counted here because a trained one breaks ties by hash order: it would differ from run to run.
+    """
+    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+    characters = sorted({character for word in words for character in word})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *("##" + c for c in characters)]
+    pieces += sorted(word for word, count in words.items() if count > 1 and len(word) > 1)
+    return {piece: number for number, piece in enumerate(pieces)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -63,14 +63,14 @@ def test_calibration_error_by_hand():
     assert confidence(content, "test", flat)["calibration_error"] == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(
-    ("cosine", "match", "message"),
-    [([0.1, 0.9], [True, True], "pairs that match and pairs that do not"),
-     ([0.1, 0.2, 0.8, 0.9], [True, True, False, False], "no more similar than non-matches")],
-)  # fmt: skip
-def test_pairs_that_cannot_calibrate_are_refused(cosine, match, message):
-    with pytest.raises(InputError, match=message):
-        Calibration.fit(np.array(cosine), np.array(match))
+def test_a_useless_cosine_is_calibrated_to_the_share_of_matches():
+    calibration = Calibration.fit(np.array([0.1, 0.2, 0.8, 0.9]), np.array([True, False, False, False]))
+    np.testing.assert_allclose(calibration.probability(np.array([0.0, 1.0])), 0.25)
+
+
+def test_pairs_of_one_label_cannot_calibrate():
+    with pytest.raises(InputError, match="pairs that match and pairs that do not"):
+        Calibration.fit(np.array([0.1, 0.9]), np.array([True, True]))
 
 
 def test_retrieval_scores_by_hand(shops, tiny_encoder):

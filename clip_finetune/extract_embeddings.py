@@ -9,6 +9,8 @@ An interrupted extraction continues with the shards that are missing.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,8 +27,8 @@ from contracts.workspace import SPLITS, Workspace
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
     from accelerate import Accelerator
-    from torch.utils.data import DataLoader
 
     from clip_finetune.model import PriceClip
 
@@ -53,18 +55,28 @@ def embedding_meta(
     }
 
 
+def encode(model: PriceClip, picture: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Embeddings (B, D_in) float32, on the CPU, of model inputs (B, 3, S, S)."""
+    import torch
+
+    with torch.no_grad(), accelerator.autocast():
+        return model.encode_image(picture.to(accelerator.device, non_blocking=True)).cpu()
+
+
 def embed(
-    model: PriceClip, loader: DataLoader, accelerator: Accelerator, progress: tqdm
+    model: PriceClip, batches: Iterable[dict[str, torch.Tensor]], accelerator: Accelerator, progress: tqdm
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (n, D_in) float32 and valid (n,) of the rows in `loader`; a row without a picture is zero."""
+    """Embeddings (n, D_in) float32 and valid (n,) of the rows in `batches`; a row without a picture is zero."""
     import torch
 
     embeddings, valid = [], []
-    for batch in loader:
-        usable, found = batch["valid"], torch.zeros(len(batch["valid"]), model.width)
+    for batch in batches:
+        picture, usable = batch["picture"], batch["valid"]
+        found = torch.zeros(len(usable), model.width)
         if usable.any():
-            with torch.no_grad(), accelerator.autocast():
-                found[usable] = model.encode_image(batch["picture"][usable].to(accelerator.device)).cpu()
+            if not usable.all():  # the selection is a copy that is no longer in pinned memory
+                picture = picture[usable]
+            found[usable] = encode(model, picture, accelerator)
         embeddings.append(found.numpy())
         valid.append(usable.numpy())
         progress.update(len(usable))
@@ -101,6 +113,23 @@ def write_predictions(
         predictions.to_csv(file, index=False)
 
 
+def finish(
+    extraction: ShardedExtraction, run: RunFolder, workspace: Workspace, table: pd.DataFrame, model: PriceClip
+) -> None:
+    """Join the shards, list what has no embedding and write the price head's predictions."""
+    extraction.finish()
+    meta, content = extraction.meta, read_embeddings(extraction.path)
+    valid, split = content.valid, meta["split"]
+    write_failures(workspace, meta["name"], split, table, valid)
+    # a head that was never fitted predicts nothing
+    if model.price_head is not None and any(meta["fitted_on"]):
+        ids, image = content.sample_ids[valid], content.embeddings[valid]
+        write_predictions(workspace, run.path.name, split, model, ids, image)
+    else:
+        workspace.path("predictions", name=run.path.name, split=split).unlink(missing_ok=True)
+    print(f"{extraction.path}: {len(valid)} rows, {valid.sum()} with a picture, {content.width}-d")
+
+
 def main(argv: list[str] | None = None) -> None:
     settings, split = parse_settings(
         ExtractSettings, argv, description=__doc__.split("\n")[0], positional={"split": SPLITS}
@@ -129,32 +158,18 @@ def main(argv: list[str] | None = None) -> None:
 
     path = workspace.path("embeddings", name=settings.name, split=split)
     extraction = ShardedExtraction(path, table["sample_id"].to_numpy(), meta, settings.shard_rows)
-    pending = extraction.pending()
-    accelerator.wait_for_everyone()  # all list the same shards before anyone writes one
-    own = pending[accelerator.process_index :: accelerator.num_processes]
+    own = extraction.pending()
     with tqdm(
         total=sum(part.stop - part.start for part in own), desc=f"{settings.name} {split}", unit="row",
         disable=not accelerator.is_main_process,
     ) as progress:  # fmt: skip
-        for part in own:
-            batches = split_rows(range(part.start, part.stop), batch_size)
-            loader = load_batches(rows, batches, workers, accelerator.device)
-            extraction.write(part, *embed(model, loader, accelerator, progress))
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    extraction.finish()
-
-    content = read_embeddings(path)
-    valid = content.valid
-    write_failures(workspace, settings.name, split, table, valid)
-    # a head that was never fitted predicts nothing
-    if model.price_head is not None and any(meta["fitted_on"]):
-        ids, image = content.sample_ids[valid], content.embeddings[valid]
-        write_predictions(workspace, settings.run, split, model, ids, image)
-    else:
-        workspace.path("predictions", name=settings.run, split=split).unlink(missing_ok=True)
-    print(f"{path}: {len(valid)} rows, {valid.sum()} with a picture, {content.width}-d")
+        # one loader over all shards keeps its workers busy across the borders
+        batches = [split_rows(range(part.start, part.stop), batch_size) for part in own]
+        loaded = iter(load_batches(rows, list(chain.from_iterable(batches)), workers, accelerator.device))
+        for part, batches_of_part in zip(own, batches, strict=True):
+            extraction.write(part, *embed(model, islice(loaded, len(batches_of_part)), accelerator, progress))
+    if extraction.wait():
+        finish(extraction, run, workspace, table, model)
 
 
 if __name__ == "__main__":

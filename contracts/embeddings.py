@@ -2,9 +2,9 @@
 
 `data/embeddings/<name>_<split>.pkl` is a pickled plain dict: `sample_ids` (N,) str, `embeddings` (N, D_in)
 float32 or float16, `valid` (N,) bool, `meta` dict. Beside it `<file>.json` holds the meta and the sha256 of the
-pickle. A reader checks the hash first (without it nearly every flipped bit loads silently), then unpickles with
-a reader that can build arrays and nothing else, so a file from a stranger cannot run code. A picture or text
-that could not be embedded has valid=False; rows are joined by sample_id, never by position.
+pickle. Nothing leaves the reader before the hash fits (without it nearly every flipped bit loads silently); it
+unpickles with a reader that can build arrays and nothing else, so a file from a stranger cannot run code. A
+picture or text that could not be embedded has valid=False; rows are joined by sample_id, never by position.
 
 While it is being made the content lives in `<file>.shards/`, one file a shard, so that an interrupted
 extraction resumes where it stopped and memory is bounded by a shard. A catalogue too large for one array stays
@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +98,19 @@ def read_embeddings(path: Path | str) -> Embeddings:
     if not path.is_file():
         raise InputError(f"{path}: no such embedding file; run the stage that writes it")
     expected = read_json(_sidecar(path)).get("sha256")
-    if sha256_file(path) != expected:
-        raise InputError(
-            f"{path}: sha256 differs from {_sidecar(path).name}; the file is damaged or was changed"
-        )
+    with ThreadPoolExecutor(1) as beside:  # hashing and parsing take about as long, and both release the GIL
+        digest = beside.submit(sha256_file, path)
+        try:
+            return _load(path)
+        finally:
+            # whatever the parser made of a file with another hash, or fell over, is dropped
+            if digest.result() != expected:
+                raise InputError(
+                    f"{path}: sha256 differs from {_sidecar(path).name}; the file is damaged or was changed"
+                ) from None
+
+
+def _load(path: Path) -> Embeddings:
     try:
         with open(path, "rb") as file:
             content = _ArraysOnly(file).load()
@@ -137,15 +150,23 @@ def _check(path: Path, content: Embeddings) -> None:
         raise InputError(
             f"{path}: {ids.shape} ids, {valid.shape} valid flags and {matrix.shape} embeddings do not fit"
         )
-    if len(np.unique(ids)) != len(ids):
+    if len(set(ids.tolist())) != len(ids):
         raise InputError(f"{path}: a sample_id occurs twice")
-    broken = valid & ~np.isfinite(matrix).all(axis=1)
+    broken = valid & ~_finite_rows(matrix)
     if broken.any():
         raise InputError(
             f"{path}: {broken.sum()} valid rows hold NaN or inf, first sample_id {ids[broken][0]}"
         )
     if len(meta.get("fitted_on", ())) != N_FOLDS:
         raise InputError(f"{path}: meta fitted_on must list the encoder's folds for each of {N_FOLDS} folds")
+
+
+def _finite_rows(matrix: np.ndarray, rows: int = 1024) -> np.ndarray:
+    """(N,) bool: no NaN or inf in the row. In pieces that stay in the cache, not by a mask of the matrix's size."""
+    finite = np.empty(len(matrix), bool)
+    for start in range(0, len(matrix), rows):
+        finite[start : start + rows] = np.isfinite(matrix[start : start + rows]).all(axis=1)
+    return finite
 
 
 def _sidecar(path: Path) -> Path:
@@ -165,17 +186,26 @@ class Aligned:
 
 
 def align(content: Embeddings, sample_ids: np.ndarray, path: Path | str = "embedding file") -> Aligned:
-    """Join by sample_id. Raises InputError when the file has none of the ids: it belongs to another table."""
-    position = {sample_id: row for row, sample_id in enumerate(content.sample_ids.tolist())}
-    rows = np.array([position.get(sample_id, -1) for sample_id in sample_ids])
+    """Join by sample_id. Raises InputError when the file has none of the ids: it belongs to another table.
+
+    Takes `content` over: a float32 matrix whose rows are in the table's order already becomes the result, its
+    invalid rows zeroed in place, without a second copy.
+    """
+    in_order = np.array_equal(content.sample_ids, sample_ids)
+    if in_order:
+        rows = np.arange(len(sample_ids))
+    else:
+        position = {sample_id: row for row, sample_id in enumerate(content.sample_ids.tolist())}
+        rows = np.array([position.get(sample_id, -1) for sample_id in sample_ids])
     found = rows >= 0
     if not found.any():
         raise InputError(
-            f"{path}: none of its {len(position)} sample_ids is in this table; it was made for other rows"
+            f"{path}: none of its {len(content.valid)} sample_ids is in this table; it was made for other rows"
         )
     valid = found & content.valid[rows]
-    embeddings = np.zeros((len(rows), content.width), np.float32)
-    embeddings[valid] = content.embeddings[rows[valid]]
+    matrix = content.embeddings if in_order else content.embeddings.take(rows, axis=0)
+    embeddings = matrix.astype(np.float32, copy=not matrix.flags.writeable)
+    embeddings[~valid] = 0
     return Aligned(embeddings, valid, int(found.sum()))
 
 
@@ -183,12 +213,14 @@ class ShardedExtraction:
     """Resumable writing of one embedding file, shard by shard.
 
     A shard counts as done only if its fingerprint (meta and the shard's ids) matches, so changing the model,
-    its weights or the table starts that shard again.
+    its weights or the table starts that shard again. Under torchrun the processes share the shards, which are then
+    of one size, at most `shard_rows`, and one or more for each process.
 
         extraction = ShardedExtraction(path, sample_ids, meta, shard_rows=4096)
         for rows in extraction.pending():           # rows: slice into sample_ids
             extraction.write(rows, embeddings, valid)
-        extraction.finish()
+        if extraction.wait():                       # True in the first process
+            extraction.finish()
     """
 
     def __init__(
@@ -199,24 +231,66 @@ class ShardedExtraction:
         self.path, self.meta = Path(path), meta
         self.sample_ids = np.asarray(sample_ids, np.str_)
         self.folder = self.path.with_name(self.path.name + ".shards")
-        starts = range(0, len(self.sample_ids), shard_rows)
-        self.shards = [slice(start, min(start + shard_rows, len(self.sample_ids))) for start in starts]
+        self.process, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        n_rows, self._group = len(self.sample_ids), None
+        if self.processes > 1 and n_rows:
+            rounds = math.ceil(n_rows / (shard_rows * self.processes))
+            shard_rows = math.ceil(n_rows / (rounds * self.processes))
+        starts = range(0, n_rows, shard_rows)
+        self.shards = [slice(start, min(start + shard_rows, n_rows)) for start in starts]
         self.shard_rows = shard_rows
 
-    def pending(self) -> list[slice]:
+    def missing(self) -> list[slice]:
+        """The shards that no process has written yet."""
         return [rows for rows in self.shards if not self._done(rows)]
+
+    def pending(self) -> list[slice]:
+        """Those of the missing shards that this process is to write."""
+        missing = self.missing()
+        self._barrier()  # all must see the same list before the first of them writes
+        return missing[self.process :: self.processes]
+
+    def wait(self) -> bool:
+        """Wait until every process has written its shards. True in the one process that then calls `finish`."""
+        self._barrier()
+        if self._group is not None:
+            import torch.distributed as dist
+
+            dist.destroy_process_group(self._group)
+            self._group = None
+        return self.process == 0
+
+    def _barrier(self) -> None:
+        if self.processes == 1:
+            return
+        import torch.distributed as dist
+
+        if self._group is None:
+            # the usual limits, 10 and 30 minutes, are shorter than a shard on a slow disk
+            day = timedelta(days=1)
+            if dist.is_initialized():
+                self._group = dist.new_group(backend="gloo", timeout=day)
+            else:
+                dist.init_process_group("gloo", timeout=day)
+                self._group = dist.group.WORLD
+        dist.barrier(self._group)
 
     def write(self, rows: slice, embeddings: np.ndarray, valid: np.ndarray) -> None:
         """Store one shard: embeddings (n, D_in), valid (n,) bool."""
+        (self.folder / "index.json").unlink(missing_ok=True)  # the folder is no longer what it lists
         meta = {**self.meta, "fingerprint": self._fingerprint(rows)}
         write_embeddings(self._file(rows), Embeddings(self.sample_ids[rows], embeddings, valid, meta))
 
     def finish(self, keep_shards: bool = False) -> None:
         """Join the shards into the one pickle, or with `keep_shards` write the index that completes the folder."""
-        if pending := self.pending():
-            raise InputError(f"{self.folder}: {len(pending)} of {len(self.shards)} shards are not written")
+        if missing := self.missing():
+            raise InputError(f"{self.folder}: {len(missing)} of {len(self.shards)} shards are not written")
         if keep_shards:
             files = [self._file(rows).name for rows in self.shards]
+            # what other --shard-rows or another number of processes left
+            for other in set(self.folder.glob("[0-9]*.pkl")) - {self.folder / name for name in files}:
+                _sidecar(other).unlink(missing_ok=True)
+                other.unlink()
             write_json(
                 self.folder / "index.json", {**self.meta, "rows": len(self.sample_ids), "shards": files}
             )
@@ -253,3 +327,11 @@ def iterate_embeddings(path: Path | str) -> Iterator[Embeddings]:
         return
     for name in read_json(folder / "index.json")["shards"]:
         yield read_embeddings(folder / name)
+
+
+def is_current(path: Path | str, meta: dict[str, Any]) -> bool:
+    """Whether the file is there and was made with this meta: same rows, weights and settings, whatever the command."""
+    if not _sidecar(Path(path)).is_file():
+        return False
+    stored = read_json(_sidecar(Path(path)))
+    return all(stored.get(key) == value for key, value in meta.items() if key != "command")

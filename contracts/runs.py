@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 MARKER = "COMPLETE"
-_MAY_DIFFER_ON_RESUME = {"resume", "report_to", "workers", "device", "epochs", "checkpoint_steps"}
+_MAY_DIFFER_ON_RESUME = {
+    "resume", "report_to", "workers", "device", "epochs", "checkpoint_steps", "tokens_per_batch",
+}  # fmt: skip
 _PACKAGES = (
     "torch",
     "torchvision",

@@ -37,14 +37,17 @@ class Roles:
         return tuple(sorted(self.fit + self.stop))
 
 
-def roles(holdout: int | None) -> Roles:
-    """Roles for hold-out 0 to 4; None (--holdout null) validates on nothing, for a final model."""
+def roles(holdout: int | None, holdouts: int = N_HOLDOUTS) -> Roles:
+    """Roles for one of `holdouts` hold-outs, 0 to 4; None (--holdout null) validates on nothing, for a final model."""
     if holdout is None:
         return Roles(fit=tuple(range(1, N_FOLDS)), stop=(0,), validate=())
-    if not 0 <= holdout < N_HOLDOUTS:
-        raise InputError(f"--holdout {holdout}: must be 0 to {N_HOLDOUTS - 1}, or null")
-    validate = (2 * holdout, 2 * holdout + 1)
-    stop = ((2 * holdout + 2) % N_FOLDS,)
+    if holdouts not in (2, 5, 10):
+        raise InputError(f"--folds {holdouts}: ten folds are dealt into 2, 5 or 10 hold-outs")
+    if not 0 <= holdout < holdouts:
+        raise InputError(f"--holdout {holdout}: must be 0 to {holdouts - 1}, or null")
+    size = N_FOLDS // holdouts
+    validate = tuple(range(size * holdout, size * (holdout + 1)))
+    stop = ((validate[-1] + 1) % N_FOLDS,)
     fit = tuple(fold for fold in range(N_FOLDS) if fold not in validate + stop)
     return Roles(fit, stop, validate)
 
@@ -113,6 +116,12 @@ def split_hash(folds: pd.Series) -> str:
 def fitted_on(*, encoder_folds: tuple[int, ...]) -> list[list[int]]:
     """The meta entry of an embedding file made by one encoder: for each fold, the folds its encoder saw."""
     return [list(encoder_folds) for _ in range(N_FOLDS)]
+
+
+def fitted_out_of_fold(holdouts: int) -> list[list[int]]:
+    """The meta entry of an embedding file whose rows come from the encoder of their own hold-out."""
+    size = N_FOLDS // holdouts
+    return [list(roles(fold // size, holdouts).fitted_on) for fold in range(N_FOLDS)]
 
 
 def leaked_folds(meta_fitted_on: list[list[int]], validate: tuple[int, ...]) -> list[int]:

@@ -138,6 +138,18 @@ def describe(
     }
 
 
+def encode(
+    tower: Tower, inputs: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> np.ndarray:
+    """Embeddings (B, D_in) float32 of one batch of model inputs."""
+    import torch
+
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with torch.inference_mode(), autocast:
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+        return tower.model(**inputs).pooler_output.float().cpu().numpy()
+
+
 def embed(
     rows: Pictures | Texts,
     shards: list[slice],
@@ -149,12 +161,6 @@ def embed(
 ) -> Iterator[tuple[slice, np.ndarray, list[str]]]:
     """Yield each shard of n rows with its embeddings (n, D_in) and n reasons, "" for a row that has one."""
     import torch
-
-    def encode(inputs: dict[str, torch.Tensor]) -> np.ndarray:
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        with torch.inference_mode(), autocast:
-            inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-            return tower.model(**inputs).pooler_output.float().cpu().numpy()
 
     # A batch never crosses the border of a shard, so the work can be shared without changing any batch. One
     # loader over all shards keeps its workers busy across the borders.
@@ -177,7 +183,7 @@ def embed(
                 row - shard.start for row, reason in zip(batch, reasons_of_batch, strict=True) if not reason
             ]
             if usable:
-                embeddings[usable] = encode(inputs)
+                embeddings[usable] = encode(tower, inputs, device, dtype)
             reasons += reasons_of_batch
             progress.update(len(batch))
         yield shard, embeddings, reasons
@@ -193,16 +199,15 @@ def extract(kind: str, split: str, settings: Settings, state: PartialState, devi
     meta = describe(kind, split, tower, rows, settings, dtype)
     path = workspace.path("embeddings", name=meta["name"], split=split)
     extraction = ShardedExtraction(path, table["sample_id"].to_numpy(), meta, settings.shard_rows)
-    pending, total = extraction.pending(), len(extraction.shards)
-    state.wait_for_everyone()  # all must see the same list before the first of them writes
+    there, total = len(extraction.shards) - len(extraction.missing()), len(extraction.shards)
+    mine = extraction.pending()
     if state.is_main_process:
         if settings.random_weights:
             print(f"{meta['name']}: {meta['model']}, a demonstration: nothing in it was learned")
-        if len(pending) < total:
-            print(f"{meta['name']}: {total - len(pending)} of {total} shards were there already")
+        if there:
+            print(f"{meta['name']}: {there} of {total} shards were there already")
 
     tower.model.to(device)
-    mine = pending[state.process_index :: state.num_processes]
     with tqdm(
         desc=meta["name"], total=sum(shard.stop - shard.start for shard in mine), unit=f" {rows.unit}",
         disable=not state.is_main_process, mininterval=1,
@@ -211,8 +216,7 @@ def extract(kind: str, split: str, settings: Settings, state: PartialState, devi
             # first the list, so that a complete shard always has one
             write_failures(failures_path(extraction, shard), table[shard], reasons)
             extraction.write(shard, embeddings, np.array([not reason for reason in reasons]))
-    state.wait_for_everyone()
-    if state.is_main_process:
+    if extraction.wait():
         finish(extraction, kind, workspace, settings.keep_shards)
         print(f"{path}: {len(table)} rows of width {tower.width} in {time.perf_counter() - started:.1f} s")
 

@@ -53,6 +53,7 @@ TEXT_CONFIGS = {
         vocab_size=4096, max_position_embeddings=64,
     ),
 }  # fmt: skip
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as preprocessor_config.json has them
 PADDING, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in SigLIP's own vocabulary
 END_ID = 1
 
@@ -94,12 +95,31 @@ def image_tower(name: str, *, random_weights: bool = False) -> Tower:
                 f"model {name}: its processor makes {processor.size} of a picture, the tower takes {side}"
             )
 
-    def prepare(picture: Image.Image) -> torch.Tensor:
-        # channels first: in the other layout a picture three pixels high is ambiguous
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        return processor(pixels, return_tensors="pt")["pixel_values"][0]
+    return Tower(
+        _frozen(model), pixels_like(processor, side, name), model.config.hidden_size, picture_size=side
+    )
 
-    return Tower(_frozen(model), prepare, model.config.hidden_size, picture_size=side)
+
+def pixels_like(processor, side: int, name: str) -> Callable[[Image.Image], torch.Tensor]:
+    """What `processor` makes of an RGB picture, (3, side, side) float32, in half its time.
+
+    torch resizes the layout in which Pillow decodes, channels last, twice as fast as the planes that the processor
+    copies a picture into.
+    """
+    if processor.resample not in RESAMPLING or not (processor.do_rescale and processor.do_normalize):
+        raise InputError(f"model {name}: its processor neither resizes nor normalises as SigLIP's do")
+    mean, std = (
+        torch.tensor(values)[:, None, None] * (1 / processor.rescale_factor)
+        for values in (processor.image_mean, processor.image_std)
+    )
+
+    def prepare(picture: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+        mode = RESAMPLING[processor.resample]
+        pixels = torch.nn.functional.interpolate(pixels, (side, side), mode=mode, antialias=True)[0]
+        return pixels.contiguous().float().sub_(mean).div_(std)
+
+    return prepare
 
 
 def text_tower(

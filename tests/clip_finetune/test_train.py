@@ -257,15 +257,32 @@ def test_learning_rate_rises_then_falls():
 
 @pytest.mark.slow
 def test_two_processes(sample_workspace, tmp_path):
-    """torchrun over gloo: both processes train and extract, the first one writes."""
-    workspace = copy_workspace(sample_workspace, tmp_path / "two", rows=100)
+    """Over gloo: two processes of batch 8 train as one of batch 16, and embed as one. 64 pictures: no odd step."""
+    one, two = (copy_workspace(sample_workspace, tmp_path / name, rows=120) for name in ("one", "two"))
+    table, fold = Workspace(one).prepared("train"), Workspace(one).folds()
+    present = [(Workspace(one).images_folder() / name).is_file() for name in table["image"]]
+    fit = np.flatnonzero(fold.loc[table["sample_id"]].isin(roles(0).fit).to_numpy() & present)
+    table.loc[fit[64:], "image"] = ""
+    for workspace in (one, two):
+        table.to_csv(workspace / "data/prepared_train.csv", index=False)
 
     def torchrun(module, *flags):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", module, *flags]
-        subprocess.run([*command, "--workspace", str(workspace), "--device", "cpu"], check=True, timeout=300)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        flags = [*flags, "--workspace", str(two), "--device", "cpu"]
+        subprocess.run([*command, "-m", module, "--", *flags], check=True, timeout=300)
 
-    torchrun("clip_finetune.train", *FLAGS, "--batch-size", "16", "--epochs", "1")
-    torchrun("clip_finetune.extract_embeddings", "train", "--shard-rows", "30")
-    content = read_embeddings(workspace / "data/embeddings/clip_image_train.pkl")
-    assert content.valid.sum() > 80 and len(content.valid) == 100
-    assert RunFolder(workspace / "checkpoints/clip_finetune").complete
+    flags = ["--epochs", "1", "--grad-accum", "2", "--warmup", "0", "--workers", "0"]
+    assert run_train(one, *flags, "--batch-size", "16")["pictures"]["fit"] == 64
+    torchrun("clip_finetune.train", *FLAGS, *flags, "--batch-size", "8")
+    metrics = [RunFolder(folder / "checkpoints/clip_finetune").metrics() for folder in (one, two)]
+    assert len(metrics[0]) == len(metrics[1]) == 2 + 1
+    for alone, shared in zip(*metrics, strict=True):
+        assert shared == pytest.approx(alone, rel=1e-5)
+
+    shutil.copytree(one / "checkpoints", two / "checkpoints", dirs_exist_ok=True)
+    alone = extract(one, "train")
+    torchrun("clip_finetune.extract_embeddings", "train", "--shard-rows", "50")
+    shared = read_embeddings(two / "data/embeddings/clip_image_train.pkl")
+    assert alone.sample_ids.tolist() == shared.sample_ids.tolist()
+    assert np.array_equal(shared.valid, alone.valid) and alone.valid.sum() > 64
+    assert np.allclose(shared.embeddings, alone.embeddings, atol=1e-5)

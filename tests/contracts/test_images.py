@@ -1,6 +1,7 @@
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -76,6 +77,20 @@ def test_reduced_decoding_keeps_the_asked_side(jpeg):
     small = open_picture(jpeg, min_side=224)
     assert 224 <= min(small.size) < 800
     assert open_picture(jpeg, min_side=900).size == (1000, 800)  # never enlarged
+
+
+@pytest.mark.parametrize("side", [60, 110, 224])
+def test_reduced_decoding_shows_the_same_picture(tmp_path, side):
+    x, y = np.meshgrid(np.linspace(0, 9, 1000), np.linspace(0, 7, 800))
+    waves = np.stack([np.sin(x), np.cos(x + y), np.sin(2 * y)], axis=2)
+    Image.fromarray((127 + 120 * waves).astype(np.uint8)).save(tmp_path / "p.jpg", quality=90)
+    reduced = open_picture(tmp_path / "p.jpg", min_side=side)
+    assert side <= min(reduced.size) < 2 * side
+    full, small = (
+        np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC), float)
+        for picture in (open_picture(tmp_path / "p.jpg"), reduced)
+    )
+    assert np.abs(full - small).mean() < 1 and np.abs(full - small).max() < 12
 
 
 def test_real_pictures(challenge):

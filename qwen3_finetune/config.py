@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from contracts.errors import InputError
+from contracts.splits import N_HOLDOUTS, Roles, roles
 from contracts.workspace import REPOSITORY
 
 # What `--random-weights` can build without any file; for every other model its folder's config.json is read.
@@ -39,6 +40,8 @@ class QwenSettings:
     """name of the run folder under checkpoints/ and of the predictions"""
     holdout: int | None = 0
     """which of five hold-outs is validated, 0 to 4; null: none, for a final model"""
+    folds: int = 0
+    """0: one encoder; 5 (or 2, 10): out of fold, as many encoders, each for rows it has not seen, and one for test"""
 
     model: str = "Qwen/Qwen3-Embedding-0.6B"
     """text encoder: hub id or local folder"""
@@ -69,6 +72,8 @@ class QwenSettings:
     """hidden width of the regression head"""
     head_dropout: float = 0.1
     """dropout in the regression head"""
+    encoder_dropout: float | None = None
+    """dropout in the encoder; null: as its config says. Drawing BERT's 0.1 doubles the forward time on a CPU"""
     token_dropout: float = 0.0
     """share of tokens hidden from the encoder in training; helps small catalogues"""
 
@@ -104,8 +109,8 @@ class QwenSettings:
     """auto: bf16 on CUDA, fp32 elsewhere"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to compute"""
-    tokens_per_batch: int = 16384
-    """padded tokens a batch when nothing is trained"""
+    tokens_per_batch: int | None = None
+    """padded tokens a batch when nothing is trained; null: 2048 on a CPU, for its cache, and 16384 elsewhere"""
     workers: int = 0
     """processes that pad the training batches; the texts are tokenised beforehand"""
     seed: int = 0
@@ -123,11 +128,12 @@ class QwenSettings:
                 "--train full: 4-bit weights cannot be trained; use --quantization none or --train lora"
             )
         at_least_one = (
-            "lora_rank", "epochs", "patience", "batch_size", "grad_accum", "tokens_per_batch", "checkpoint_steps",
+            "lora_rank", "epochs", "patience", "batch_size", "grad_accum", "checkpoint_steps",
         )  # fmt: skip
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        roles(self.holdout, self.folds or N_HOLDOUTS)  # refuses those that there are not
         if self.max_length < 16:
             raise InputError(
                 f"--max-length {self.max_length}: must be at least 16, to hold the Value and Unit lines"
@@ -136,6 +142,30 @@ class QwenSettings:
             raise InputError(
                 "--huber-weight and --smape-weight: neither may be negative and one must be above 0"
             )
+
+    @property
+    def roles(self) -> Roles:
+        """Folds that this run fits, stops on and validates."""
+        return roles(self.holdout, self.folds or N_HOLDOUTS)
+
+    def parts(self) -> list[QwenSettings]:
+        """The runs that make this one: itself, or with --folds one for each hold-out and one of all rows."""
+        if not self.folds:
+            return [self]
+        holdouts = [*range(self.folds), None]
+        return [replace(self, run=part_name(self.run, holdout), holdout=holdout) for holdout in holdouts]
+
+
+def choose_tokens_per_batch(wanted: int | None, device_type: str) -> int:
+    """What --tokens-per-batch says, or what suits the device."""
+    if wanted is not None and wanted < 1:
+        raise InputError(f"--tokens-per-batch {wanted}: must be at least 1")
+    return wanted or (2048 if device_type == "cpu" else 16384)
+
+
+def part_name(run: str, holdout: int | None) -> str:
+    """Folder of one encoder of an out-of-fold run."""
+    return f"{run}/all" if holdout is None else f"{run}/fold_{holdout}"
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -160,8 +190,8 @@ class ApplySettings:
     """auto: bf16 on CUDA, fp32 elsewhere"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to compute"""
-    tokens_per_batch: int = 16384
-    """padded tokens a batch"""
+    tokens_per_batch: int | None = None
+    """padded tokens a batch; null: 2048 on a CPU, for its cache, and 16384 elsewhere"""
 
 
 @dataclass
@@ -172,5 +202,7 @@ class ExtractSettings(ApplySettings):
     """name of the embedding file"""
     shard_rows: int = 4096
     """rows between two points from which an interrupted extraction resumes"""
+    align: bool = True
+    """bring the encoders of an out-of-fold run into one space; false only to measure what that is worth"""
     keep_shards: bool = False
     """leave the embeddings in shards, for a catalogue too large for one file"""

@@ -15,10 +15,9 @@ from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write, write_json
 from contracts.settings import parse_settings
 from contracts.smape import best_constant, price_bin, smape, smape_by_group, smape_with_error
-from contracts.splits import roles
 from qwen3_finetune.config import ApplySettings
 from qwen3_finetune.data import read_rows
-from qwen3_finetune.predict import FinishedRun
+from qwen3_finetune.finished import FinishedRun
 
 
 def evaluate(settings: ApplySettings) -> float:
@@ -29,7 +28,7 @@ def evaluate(settings: ApplySettings) -> float:
     from contracts.plots import plot_error_by_price
 
     finished = FinishedRun(settings)
-    folds = roles(finished.settings.holdout)
+    folds = finished.settings.roles
     if not folds.validate:
         raise InputError(f"{finished.run.path}: trained with --holdout null, it has no validation rows")
     rows = read_rows(finished.workspace, "train")

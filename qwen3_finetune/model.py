@@ -319,6 +319,10 @@ def build_encoder(
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # BERT's tanh layer on [CLS]: its output is not used, so it could not learn
     encoder.config.use_cache = False
+    if settings.encoder_dropout is not None:
+        for module in encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = settings.encoder_dropout
     return _prepare_training(encoder, settings, nf4, trained)
 
 

@@ -2,6 +2,7 @@
 
     python -m qwen3_finetune.train                          # Qwen3-Embedding-0.6B, QLoRA, one GPU
     python -m qwen3_finetune.train --preset tiny            # demo: a small random encoder, minutes on a CPU
+    python -m qwen3_finetune.train --folds 5                # out of fold: five encoders, and one of all rows for test
     torchrun --nproc_per_node=4 -m qwen3_finetune.train     # four GPUs
 
 Fits on the hold-out's fit folds, keeps the epoch with the best SMAPE on its stop fold, and reports SMAPE on its
@@ -25,9 +26,9 @@ from contracts.errors import InputError, run_entry_point
 from contracts.runs import RunFolder
 from contracts.settings import parse_settings
 from contracts.smape import smape
-from contracts.splits import Roles, roles
+from contracts.splits import Roles
 from contracts.workspace import Workspace
-from qwen3_finetune.config import PRESETS, QwenSettings
+from qwen3_finetune.config import PRESETS, QwenSettings, choose_tokens_per_batch
 from qwen3_finetune.data import TextInputs, TextRows, Tokenize, read_rows, train_tokenizer, training_batches
 
 if TYPE_CHECKING:
@@ -63,9 +64,10 @@ class Training:
         from qwen3_finetune.model import build_model
 
         self.settings, self.accelerator, self.run, self.log_price = settings, accelerator, run, rows.log_price
-        fold_roles = roles(settings.holdout)
+        fold_roles = settings.roles
         self.fit_rows, self.stop_rows = rows.of_folds(fold_roles.fit), rows.of_folds(fold_roles.stop)
         self.dtype = choose_dtype(settings.precision, accelerator.device)
+        self.tokens_per_batch = choose_tokens_per_batch(settings.tokens_per_batch, accelerator.device.type)
 
         tokenizer = build_tokenizer(settings, accelerator, run, [rows.texts[row] for row in self.fit_rows])
         model = build_model(settings, accelerator.device, len(tokenizer))
@@ -194,7 +196,7 @@ class Training:
         from qwen3_finetune.model import encode
 
         accelerator, log_price = self.accelerator, torch.zeros(len(self.log_price))
-        batches = self.inputs.batches(rows, self.settings.tokens_per_batch)
+        batches = self.inputs.batches(rows, self.tokens_per_batch)
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         for part, _, predicted in encode(accelerator.unwrap_model(self.model), self.inputs, mine, self.dtype):
             log_price[part] = torch.from_numpy(predicted)
@@ -208,7 +210,7 @@ class Training:
         model = self.accelerator.unwrap_model(self.model)
         features = np.zeros((len(self.log_price), model.width), np.float32)
         used = np.concatenate([self.fit_rows, self.stop_rows])
-        batches = self.inputs.batches(used, self.settings.tokens_per_batch)
+        batches = self.inputs.batches(used, self.tokens_per_batch)
         for part, encoded, _ in encode(model, self.inputs, batches, self.dtype):
             features[part] = encoded
         return features
@@ -289,7 +291,7 @@ def finish(settings: QwenSettings, training: Training) -> None:
     run, progress = training.run, training.progress
     plot_training_curves(run.path / "training_curves.png", run.metrics(), title=settings.run)
     run.finish(best_epoch=progress.best_epoch, stop_smape=progress.best_smape)
-    if roles(settings.holdout).validate:
+    if settings.roles.validate:
         names = [field.name for field in dataclasses.fields(ApplySettings)]
         evaluate(ApplySettings(**{name: getattr(settings, name) for name in names}))
 
@@ -298,7 +300,6 @@ def train(settings: QwenSettings) -> None:
     from contracts.torch_setup import choose_device, guard_torchvision, mixed_precision
 
     workspace = Workspace(settings.workspace)
-    roles(settings.holdout)
     rows, device = read_rows(workspace, "train"), choose_device(settings.device)
     guard_torchvision()
     from accelerate import Accelerator
@@ -309,6 +310,17 @@ def train(settings: QwenSettings) -> None:
         mixed_precision=mixed_precision(settings.precision, device), cpu=device.type == "cpu"
     )
     settings = resolve(settings, accelerator.device)
+    whole = start_run(settings, accelerator)  # of an out-of-fold run; else that of its only part
+    for part in [] if whole.complete else settings.parts():
+        train_part(part, start_run(part, accelerator) if settings.folds else whole, accelerator, rows)
+    if settings.folds and accelerator.is_main_process and not whole.complete:
+        whole.finish(parts=[part.run for part in settings.parts()])
+    accelerator.end_training()
+
+
+def start_run(settings: QwenSettings, accelerator: Accelerator) -> RunFolder:
+    """The main process opens the run folder, the others wait for it."""
+    workspace = Workspace(settings.workspace)
     run = RunFolder(workspace.path("run", name=settings.run))
     if accelerator.is_main_process:
         run = RunFolder.start(
@@ -318,7 +330,15 @@ def train(settings: QwenSettings) -> None:
     accelerator.wait_for_everyone()
     if run.complete:
         accelerator.print(f"{run.path}: this run is finished")
+    return run
+
+
+def train_part(settings: QwenSettings, run: RunFolder, accelerator: Accelerator, rows: TextRows) -> None:
+    """Train one encoder, on the rows that its hold-out leaves."""
+    if run.complete:
         return
+    if settings.folds and accelerator.is_main_process:
+        print(f"\n{settings.run}")
     training = Training(settings, accelerator, run, rows)
     training.fit()
     if accelerator.is_main_process:
@@ -326,7 +346,6 @@ def train(settings: QwenSettings) -> None:
     # the last reference to a gloo group must not be the wrapped model's: its destructor can deadlock
     del training
     accelerator.free_memory()
-    accelerator.end_training()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

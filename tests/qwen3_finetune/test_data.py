@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from contracts.errors import InputError
+from contracts.torch_setup import guard_torchvision
 from contracts.workspace import Workspace
 from qwen3_finetune.data import TextInputs, Tokenize, pad, read_rows, train_tokenizer, training_batches
 
@@ -85,6 +86,49 @@ def test_inference_batches_respect_the_token_budget(tokenizer):
     assert sorted(np.concatenate(batches)) == [0, 1, 2, 3, 5] and batches[0].tolist() == [3]
     assert all(len(batch) * inputs.lengths[batch].max() <= 150 for batch in batches)
     assert len(inputs.batches(np.array([3]), tokens_per_batch=1)) == 1  # one text is always taken
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_token_budget_changes_no_embedding(tokenizer, padding_side):
+    """Batches by token budget against every text padded to the maximum, for a decoder and for an encoder."""
+    import torch
+
+    guard_torchvision()
+    from transformers import BertConfig, BertModel, Qwen3Model
+
+    from qwen3_finetune.config import ARCHITECTURES
+    from qwen3_finetune.model import PriceHead, PriceModel, encode
+
+    torch.manual_seed(0)
+    if padding_side == "left":
+        config = {
+            **ARCHITECTURES["tiny"],
+            "vocab_size": len(tokenizer),
+            "num_hidden_layers": 2,
+            "rms_norm_eps": 1e-6,
+        }
+        encoder, pooling = Qwen3Model(Qwen3Model.config_class(**config)), "last"
+    else:
+        sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+        encoder, pooling = (
+            BertModel(BertConfig(vocab_size=len(tokenizer), **sizes), add_pooling_layer=False),
+            "mean",
+        )
+    head = PriceHead(64, hidden=8, dropout=0)
+    model = PriceModel(encoder, head, pooling=pooling, padding_side=padding_side).eval()
+    texts = [TEXT.format("sweet " * n) for n in (1, 50, 3, 120, 0, 7, 60, 61)]
+    structural = np.zeros((len(texts), 3), np.float32)
+    tokenize = Tokenize(tokenizer, max_length=100, end_token=True)
+    inputs = TextInputs(tokenize, texts, structural, padding_side=padding_side)
+
+    ids, mask = pad([*inputs.tokens, np.zeros(100, int)], pad_token=tokenize.pad_token, side=padding_side)
+    with torch.no_grad():
+        padded = model.features(ids[:-1], mask[:-1], torch.from_numpy(structural)).numpy()
+    for budget in (1, 150, 10_000):
+        batches = inputs.batches(np.arange(len(texts)), budget)
+        for rows, features, _ in encode(model, inputs, batches, torch.float32):
+            np.testing.assert_allclose(features, padded[rows], atol=2e-5)
+    assert np.abs(padded[0] - padded[1]).max() > 0.01  # not all the same
 
 
 def test_rows_of_the_sample(sample_workspace):

@@ -216,15 +216,45 @@ def test_bad_settings_get_one_line_and_leave_nothing(sample_workspace, tmp_path,
     assert not (workspace / "checkpoints").exists()
 
 
-def test_two_processes_train_as_one(sample_workspace, tmp_path):
-    workspace = copy_of(sample_workspace, tmp_path / "workspace")
+def torchrun(module: str, *flags: str) -> str:
+    """What two processes print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "qwen3_finetune.train", *QUICK, "--epochs", "1", "--workspace", str(workspace)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+        [*command, "-m", module, "--", *flags], capture_output=True, text=True, timeout=150,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = (run_folder(workspace) / "metrics.jsonl").read_text().splitlines()
-    steps = int(np.ceil(np.ceil(280 / 32) / 2))
-    assert len(lines) == 1 and json.loads(lines[0])["step"] == steps
-    assert done.stdout.count("epoch 1:") == 1 and (run_folder(workspace) / "COMPLETE").exists()
+    return done.stdout
+
+
+def test_two_processes_train_and_extract_as_one(sample_workspace, tmp_path):
+    """Two processes with --grad-accum 1 make the updates of one with --grad-accum 2, for an even number of batches."""
+    flags = [*QUICK, "--epochs", "1", "--batch-size", "28", "--token-dropout", "0", "--head-dropout", "0"]
+    one, two = (copy_of(sample_workspace, tmp_path / name) for name in ("one", "two"))
+    train.main([*flags, "--workspace", str(one), "--grad-accum", "2"])
+    printed = torchrun("qwen3_finetune.train", *flags, "--workspace", str(two), "--grad-accum", "1")
+    assert printed.count("epoch 1:") == 1 and (run_folder(two) / "COMPLETE").exists()
+
+    ((first,), (second,)) = (
+        [json.loads(line) for line in (run_folder(folder) / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, two)
+    )
+    assert first["step"] == second["step"] == 5  # of 280 rows
+    assert second["stop/smape"] == pytest.approx(first["stop/smape"], abs=1e-3)
+    weights = [load_file(run_folder(folder) / "encoder" / "model.safetensors") for folder in (one, two)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
+
+    shutil.copytree(run_folder(one), run_folder(two), dirs_exist_ok=True)
+    printed = torchrun(
+        "qwen3_finetune.extract_embeddings", "train", "--workspace", str(two), "--device", "cpu"
+    )
+    assert printed.count("400 rows") == 1
+    extract_embeddings.main(["train", "--workspace", str(one), "--device", "cpu"])
+    alone, shared = (
+        read_embeddings(Workspace(folder).path("embeddings", name="qwen_text", split="train"))
+        for folder in (one, two)
+    )
+    assert alone.sample_ids.tolist() == shared.sample_ids.tolist()
+    np.testing.assert_array_equal(alone.valid, shared.valid)
+    np.testing.assert_allclose(shared.embeddings, alone.embeddings, atol=1e-5)
+    assert alone.meta["checkpoint"] == shared.meta["checkpoint"]

@@ -51,6 +51,8 @@ class TrainingSettings:
     """auto: bf16 autocast on CUDA, fp32 elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    compile: bool = False
+    """Compile the model, and on CUDA replay each step as a CUDA graph. Gains nothing on a CPU."""
     seed: int = 0
     """Seeds initial weights, row order, dropout."""
     checkpoint_epochs: int = 20

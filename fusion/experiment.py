@@ -26,6 +26,7 @@ from fusion.config import TrainingSettings
 from fusion.dataset import FusionTable, check_no_leak, embedding_files, load_table
 from fusion.evaluation import write_scores
 from fusion.loop import Target, predict, train
+from fusion.processes import process, process_group
 
 BuildModel = Callable[[Any, dict[str, int]], nn.Module]
 
@@ -44,7 +45,6 @@ def build_data(settings: TrainingSettings, modalities: tuple[str, ...]) -> Train
     workspace, roles = Workspace(settings.workspace), splits.roles(settings.holdout)
     table = load_table(workspace, "train", modalities, settings.use)
     leaked = check_no_leak(table, roles.validate, allow=settings.allow_leak)
-    print(table.coverage())
     used = embedding_files(workspace, "train", settings.use or modalities)
     inputs = [workspace.path("prepared", split="train"), workspace.path("folds"), *used]
     return TrainingData(table.to(choose_device(settings.device)), roles, leaked, inputs)
@@ -57,22 +57,40 @@ def fit_and_score(settings: TrainingSettings, data: TrainingData, build_model: B
     if settings.resume and (folder / "COMPLETE").is_file():
         print(f"{folder}: already complete")
         return read_json(folder / "summary.json")
+    with process_group(data.table.valid.device):
+        return _fit_and_score(settings, data, build_model, workspace, folder)
+
+
+def _fit_and_score(
+    settings: TrainingSettings,
+    data: TrainingData,
+    build_model: BuildModel,
+    workspace: Workspace,
+    folder: Path,
+) -> dict[str, Any]:
+    first = process()[0] == 0  # the others only compute
     seed_everything(settings.seed)
     model = build_model(settings, data.table.widths)
-    run = RunFolder.start(
-        folder, settings, inputs=data.inputs, resume=settings.resume, report_to=settings.report_to
-    )
+    run = None
+    if first:
+        run = RunFolder.start(
+            folder, settings, inputs=data.inputs, resume=settings.resume, report_to=settings.report_to
+        )
     fit, stop = data.table.rows_in(data.roles.fit), data.table.rows_in(data.roles.stop)
     target = Target.of(settings, data.table.log_price[fit])
     model.set_output_bias(target.output_bias)
     model.to(data.table.valid.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters:,} parameters; {len(fit)} rows to fit, {len(stop)} to stop on")
+    if first:
+        print(data.table.coverage())
+        print(f"{parameters:,} parameters; {len(fit)} rows to fit, {len(stop)} to stop on")
     outcome = train(model, data.table, fit, stop, settings, run)
+    summary = {"parameters": parameters, **outcome}
+    if run is None:
+        return summary
 
     _save_model(folder, model, data.table, target)
     plot_training_curves(folder / "training_curves.png", run.metrics(), title=settings.run)
-    summary = {"parameters": parameters, **outcome}
     if data.roles.validate:
         summary |= _validate(workspace, settings, data, model, target)
     run.finish(**summary)

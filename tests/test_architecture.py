@@ -17,7 +17,10 @@ STAGES = (
 )
 MAY_IMPORT = {"contracts": set(), **{stage: {"contracts"} for stage in STAGES}}
 MAY_IMPORT["runs"] = MAY_IMPORT["benchmarks"] = {"contracts", "runs", *STAGES}
-FUSION_ORDER = ("config", "blocks", "loss_functions", "dataset", "evaluation", "loop", "experiment")
+FUSION_ORDER = (
+    "config", "blocks", "int8", "loss_functions", "dataset", "evaluation", "processes", "loop", "experiment",
+    "explanation",
+)  # fmt: skip
 BANNED_NAMES = {"utils", "common", "helpers", "misc"}
 SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

@@ -18,8 +18,10 @@ class TfidfSettings:
     model: Literal["ridge", "lightgbm", "neighbours", "mlp", "mlp_distribution"] = "mlp"
     """ridge on TF-IDF; lightgbm on its SVD; neighbours: prices of similar products; mlp: sparse MLP with a SMAPE loss;
     mlp_distribution: the same over bins of log price, from which the price with the lowest expected SMAPE is read."""
+    embeddings: tuple[str, ...] = ()
+    """Embedding files to use beside the word counts, such as qwen_text; out of fold, or of a frozen encoder."""
     name: str = ""
-    """Name of the prediction files; empty means tfidf_<model>."""
+    """Name of the prediction files; empty means tfidf_<model>, and the embeddings."""
     seeds: int = 4
     """Networks (or forests) that are averaged."""
     epochs: int = 6

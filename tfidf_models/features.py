@@ -11,10 +11,17 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sparse
 
+from contracts.embeddings import align, read_embeddings
+from contracts.errors import InputError
+from contracts.splits import N_FOLDS, leaked_folds, split_hash
+from contracts.workspace import SPLITS, Workspace
+
 WORD = r"(?u)[^\W\d_]+|\d+(?:\.\d+)?"  # numbers stay whole: 1.5 is not 1 and 5
 UNIT_KINDS = ("weight", "volume", "count", "none")
 AMOUNT_BINS = np.linspace(0, 10, 21)  # of log1p(total amount)
 PACK_BINS = np.log([1.5, 2.5, 3.5, 4.5, 6.5, 9, 12.5, 18, 30, 60])
+TERM_GROUPS = ("title words", "text words", "word pairs", "title pieces", "words by amount")
+BY_AMOUNT = 0.6  # strength of a title word times the standardised amount, beside the word itself
 
 
 @dataclass
@@ -29,32 +36,109 @@ class Features:
     def __getitem__(self, rows: np.ndarray) -> Features:
         return Features(self.terms[rows], self.structural[rows])
 
+    def beside(self, columns: np.ndarray) -> Features:
+        """With more structural columns, (N, D)."""
+        return Features(self.terms, np.hstack([self.structural, columns]))
+
+
+@dataclass
+class TermNames:
+    """What the columns of `Features.terms` stand for."""
+
+    text: np.ndarray
+    """(V,) str: a word, two words, or a piece of a word in which a space marks its start or end"""
+    group: np.ndarray
+    """(V,) str, one of TERM_GROUPS"""
+
 
 def build_features(train: pd.DataFrame, test: pd.DataFrame) -> tuple[Features, Features]:
     """Features of both prepared tables. Vocabulary and scaling come from the training texts, no price is used."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    builder = FeatureBuilder(train)
+    return builder(train), builder(test)
 
-    scale = {"sublinear_tf": True, "dtype": np.float32}
-    words = {"token_pattern": WORD, **scale}
-    blocks = [
-        ("entity_name", TfidfVectorizer(ngram_range=(1, 2), min_df=2, **words)),
-        ("catalog_content", TfidfVectorizer(min_df=3, **words)),
-        ("catalog_content", TfidfVectorizer(ngram_range=(2, 2), min_df=8, **words)),
-        # pieces of words reach brands and spellings that occur once
-        ("entity_name", TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 4), min_df=5, **scale)),
-    ]  # fmt: skip
-    fitted = [(column, vectorizer.fit(train[column])) for column, vectorizer in blocks]
-    numbers = amounts(train)
-    mean, deviation = numbers.mean(axis=0), numbers.std(axis=0) + 1e-6
 
-    def features(table: pd.DataFrame) -> Features:
-        terms = sparse.hstack(
-            [vectorizer.transform(table[column]) for column, vectorizer in fitted], format="csr"
-        )
-        structural = np.hstack([(amounts(table) - mean) / deviation, amount_bins(table)])
+class FeatureBuilder:
+    """Turns prepared tables into features by the vocabulary and the scaling of the training table."""
+
+    def __init__(self, train: pd.DataFrame):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        scale = {"sublinear_tf": True, "dtype": np.float32}
+        words = {"token_pattern": WORD, **scale}
+        blocks = [
+            ("entity_name", TfidfVectorizer(ngram_range=(1, 2), min_df=2, **words)),
+            ("catalog_content", TfidfVectorizer(min_df=3, **words)),
+            ("catalog_content", TfidfVectorizer(ngram_range=(2, 2), min_df=8, **words)),
+            # pieces of words reach brands and spellings that occur once
+            ("entity_name", TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 4), min_df=5, **scale)),
+        ]  # fmt: skip
+        self.fitted = [(column, vectorizer.fit(train[column])) for column, vectorizer in blocks]
+        self.pieces_of = blocks[-1][1].build_analyzer()
+        """the title pieces that one word is cut into, as it stands between spaces"""
+        # what one more ounce costs depends on the product: a word's slope, beside the word
+        self.by_amount = TfidfVectorizer(min_df=3, **words).fit(train["entity_name"])
+        numbers = amounts(train)
+        self.mean, self.deviation = numbers.mean(axis=0), numbers.std(axis=0) + 1e-6
+
+    def __call__(self, table: pd.DataFrame) -> Features:
+        numbers = (amounts(table) - self.mean) / self.deviation
+        blocks = [vectorizer.transform(table[column]) for column, vectorizer in self.fitted]
+        slopes = sparse.diags(BY_AMOUNT * numbers[:, 0]) @ self.by_amount.transform(table["entity_name"])
+        terms = sparse.hstack([*blocks, slopes], format="csr")
+        structural = np.hstack([numbers, amount_bins(table)])
         return Features(terms.astype(np.float32), structural.astype(np.float32))
 
-    return features(train), features(test)
+    def term_names(self) -> TermNames:
+        texts = [vectorizer.get_feature_names_out() for _, vectorizer in self.fitted]
+        title, text, text_pairs, pieces = texts
+        groups = [
+            np.where([" " in term for term in title], "word pairs", "title words"),
+            np.full(len(text), "text words"),
+            np.full(len(text_pairs), "word pairs"),
+            np.full(len(pieces), "title pieces"),
+        ]
+        slopes = np.array([f"{word} × amount" for word in self.by_amount.get_feature_names_out()])
+        groups.append(np.full(len(slopes), "words by amount"))
+        return TermNames(np.concatenate([*texts, slopes]), np.concatenate(groups))
+
+
+@dataclass
+class EmbeddingColumns:
+    """The columns of some embedding files side by side, standardised on the training rows."""
+
+    train: np.ndarray
+    """(N, D) float32, zero where a row has no embedding"""
+    test: np.ndarray
+
+    @classmethod
+    def read(cls, workspace: Workspace, names: tuple[str, ...]) -> EmbeddingColumns:
+        """Raises InputError when an encoder was fitted on rows that it embeds: a model would trust its memory."""
+        read = {split: [_read(workspace, name, split) for name in names] for split in SPLITS}
+        train, test = (np.hstack([matrix for matrix, _ in read[split]]) for split in SPLITS)
+        strength = np.concatenate([strength for _, strength in read["train"]])
+        mean, deviation = train.mean(axis=0), train.std(axis=0) + 1e-6
+        return cls(*((columns - mean) / deviation * strength for columns in (train, test)))
+
+
+def _read(workspace: Workspace, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Columns (N, D) in the order of the prepared table, and how strong each shall be, (D,).
+
+    Columns with a name (log price, amounts) count in full; the nameless ones of the embedding share the strength of
+    two, as hundreds of them would drown the rest.
+    """
+    path = workspace.path("embeddings", name=name, split=split)
+    content = read_embeddings(path)
+    if content.meta["split_hash"] != split_hash(workspace.folds()):
+        raise InputError(f"{path}: made with another fold file than data/folds.csv; extract it again")
+    if split == "train" and (folds := leaked_folds(content.meta["fitted_on"], tuple(range(N_FOLDS)))):
+        raise InputError(
+            f"{path}: its encoder was fitted on rows that it embeds (folds {folds}); use an out-of-fold run "
+            "(qwen3_finetune.train --folds 5) or a frozen encoder"
+        )
+    named = len(content.meta.get("last_columns", ()))
+    strength = np.full(content.width, np.sqrt(2 / (content.width - named)), np.float32)
+    strength[content.width - named :] = 1
+    return align(content, workspace.prepared(split)["sample_id"].to_numpy(), path).embeddings, strength
 
 
 def amounts(table: pd.DataFrame) -> np.ndarray:
@@ -72,3 +156,11 @@ def amount_bins(table: pd.DataFrame) -> np.ndarray:
     total = np.digitize(np.log1p(table["total_amount"].fillna(0).to_numpy()), AMOUNT_BINS)
     pack = np.digitize(np.log(table["pack_count"].to_numpy()), PACK_BINS)
     return np.hstack([np.eye(len(AMOUNT_BINS) + 1)[total], np.eye(len(PACK_BINS) + 1)[pack]])
+
+
+def structural_fields() -> np.ndarray:
+    """The parsed field behind each column of `Features.structural`, (S,) str."""
+    common = ["total amount", "pack count", "item size", "total amount", "text length", "title length"]
+    by_kind = [field for field in ("total amount", "pack count", "unit kind") for _ in UNIT_KINDS]
+    bins = ["total amount"] * (len(AMOUNT_BINS) + 1) + ["pack count"] * (len(PACK_BINS) + 1)
+    return np.array(common + by_kind + bins)

@@ -5,6 +5,8 @@ Legend: B batch, V terms, S structural features, K bins.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -59,10 +61,31 @@ class PriceBins:
         return self.candidates[(probability @ self.cost.T).argmin(dim=1)]
 
 
+@dataclass
+class FittedMlp:
+    """A trained network and the scale of the prices that it was trained on."""
+
+    network: SparseMlp
+    bins: PriceBins | None
+    mean: float
+    """mean ln price of the fitted rows"""
+    scale: float
+    """their standard deviation"""
+
+    def predict(self, features: Features) -> np.ndarray:
+        """ln price, (N,) float64."""
+        return predict(self.network, features, self.bins).double().numpy() * self.scale + self.mean
+
+
 def fit_predict(
     settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features, seed: int
 ) -> np.ndarray:
     """Train one network on `fit` (ln_price (n,)) and return ln price of `apply`, (m,) float64."""
+    return fit_mlp(settings, fit, ln_price, seed).predict(apply)
+
+
+def fit_mlp(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, seed: int) -> FittedMlp:
+    """Train one network on `fit`, ln_price (n,)."""
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
     mean, scale = float(ln_price.mean()), float(ln_price.std())
@@ -94,8 +117,7 @@ def fit_predict(
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-    predicted = predict(model, apply, bins)
-    return predicted.double().numpy() * scale + mean
+    return FittedMlp(model, bins, mean, scale)
 
 
 @torch.no_grad()

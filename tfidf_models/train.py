@@ -23,7 +23,7 @@ from tfidf_models.config import TfidfSettings
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     settings = parse_settings(TfidfSettings, argv, description=__doc__.split("\n")[0])
-    from tfidf_models.features import build_features
+    from tfidf_models.features import EmbeddingColumns, build_features
     from tfidf_models.models import MODELS
 
     workspace, model = Workspace(settings.workspace), MODELS[settings.model]
@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     price = train["price"].to_numpy()
     ln_price = np.log(price)
     features, test_features = build_features(train, test)
+    if settings.embeddings:
+        columns = EmbeddingColumns.read(workspace, settings.embeddings)
+        features, test_features = features.beside(columns.train), test_features.beside(columns.test)
 
     predicted = np.empty(len(train))
     for holdout in tqdm(range(N_HOLDOUTS), desc=f"{settings.model}, out of fold", unit=" hold-outs"):
@@ -39,7 +42,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         predicted[asked] = model(settings, features[~asked], ln_price[~asked], features[asked])
     test_predicted = model(settings, features, ln_price, test_features)
 
-    name = settings.name or f"tfidf_{settings.model}"
+    name = settings.name or "_".join(["tfidf", settings.model, *settings.embeddings])
     tables = {
         "train": train[["sample_id"]].assign(log_price=np.log1p(np.exp(predicted)), fold=fold),
         "test": test[["sample_id"]].assign(log_price=np.log1p(np.exp(test_predicted))),

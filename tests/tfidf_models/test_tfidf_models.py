@@ -3,13 +3,14 @@ import pytest
 import torch
 
 from contracts.catalog import read_table
+from contracts.embeddings import Embeddings, write_embeddings
 from contracts.errors import InputError
 from contracts.smape import smape
-from contracts.splits import roles
+from contracts.splits import fitted_on, fitted_out_of_fold, roles, split_hash
 from contracts.workspace import Workspace
 from tfidf_models import train
 from tfidf_models.config import TfidfSettings
-from tfidf_models.features import build_features
+from tfidf_models.features import EmbeddingColumns, build_features
 from tfidf_models.models import MODELS, neighbour_features
 from tfidf_models.sparse_mlp import PriceBins, SparseMlp, as_tensors
 
@@ -122,3 +123,38 @@ def test_senseless_settings():
         TfidfSettings(bins=2)
     with pytest.raises(InputError, match="--epochs 0"):
         TfidfSettings(epochs=0)
+
+
+def write_columns(workspace, split, matrix, fitted_on):
+    ids = workspace.prepared(split)["sample_id"].to_numpy(str)
+    meta = {"name": "encoder", "split": split, "model": "m", "checkpoint": "c", "command": "test",
+            "fitted_on": fitted_on, "last_columns": ["log_price"],
+            "split_hash": split_hash(workspace.folds())}  # fmt: skip
+    path = workspace.path("embeddings", name="encoder", split=split)
+    write_embeddings(path, Embeddings(ids, matrix.astype(np.float32), np.ones(len(ids), bool), meta))
+
+
+def test_an_out_of_fold_embedding_helps_and_a_leaked_one_is_refused(workspace):
+    rng = np.random.default_rng(0)
+    ln_price = np.log(workspace.prepared("train")["price"].to_numpy())
+    informative = np.stack([rng.normal(size=len(ln_price)), ln_price + rng.normal(0, 0.1, len(ln_price))], 1)
+    write_columns(workspace, "train", informative, fitted_out_of_fold(5))
+    write_columns(workspace, "test", rng.normal(size=(60, 2)), fitted_out_of_fold(5))
+    flags = ["--workspace", str(workspace.root), "--model", "ridge"]
+    without = train.main(flags)["smape"]
+    assert train.main([*flags, "--embeddings", "encoder"])["smape"] < without - 10
+    assert workspace.path("predictions", name="tfidf_ridge_encoder", split="test").is_file()
+
+    write_columns(workspace, "train", informative, fitted_on(encoder_folds=roles(0).fitted_on))
+    with pytest.raises(InputError, match="encoder_train.pkl: its encoder was fitted on rows that it embeds"):
+        train.main([*flags, "--embeddings", "encoder"])
+
+
+def test_nameless_columns_share_the_strength_of_two(workspace):
+    rng = np.random.default_rng(0)
+    for split, rows in (("train", len(workspace.prepared("train"))), ("test", 60)):
+        write_columns(workspace, split, rng.normal(3, 5, size=(rows, 51)), fitted_on(encoder_folds=()))
+    columns = EmbeddingColumns.read(workspace, ("encoder",))
+    np.testing.assert_allclose((columns.train[:, :50].std(axis=0) ** 2).sum(), 2, rtol=1e-4)
+    np.testing.assert_allclose(columns.train[:, 50].std(), 1, rtol=1e-4)
+    assert np.abs(columns.train.mean(axis=0)).max() < 1e-4

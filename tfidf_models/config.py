@@ -8,16 +8,15 @@ from typing import Literal
 from contracts.errors import InputError
 from contracts.workspace import REPOSITORY
 
-MODELS = ("ridge", "lightgbm", "neighbours", "mlp", "mlp_distribution")
-
 
 @dataclass
 class TfidfSettings:
     workspace: str = str(REPOSITORY)
     """Folder with data/; predictions/ is written there."""
-    model: Literal["ridge", "lightgbm", "neighbours", "mlp", "mlp_distribution"] = "mlp"
-    """ridge on TF-IDF; lightgbm on its SVD; neighbours: prices of similar products; mlp: sparse MLP with a SMAPE loss;
-    mlp_distribution: the same over bins of log price, from which the price with the lowest expected SMAPE is read."""
+    model: Literal["ridge", "kernel", "lightgbm", "neighbours", "mlp", "mlp_distribution"] = "mlp"
+    """ridge on TF-IDF; kernel: ridge in a product of text and amount similarity; lightgbm on an SVD; neighbours: prices
+    of similar products; mlp: sparse MLP with a SMAPE loss; mlp_distribution: the same over bins of log price, from
+    which the price with the lowest expected SMAPE is read."""
     embeddings: tuple[str, ...] = ()
     """Embedding files to use beside the word counts, such as qwen_text; out of fold, or of a frozen encoder."""
     name: str = ""

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sparse
 
-from contracts.embeddings import align, read_embeddings
+from contracts.embeddings import Embeddings, align, read_embeddings
 from contracts.errors import InputError
 from contracts.splits import N_FOLDS, leaked_folds, split_hash
 from contracts.workspace import SPLITS, Workspace
@@ -31,14 +31,17 @@ class Features:
     terms: sparse.csr_matrix
     """(N, V) float32, each block of terms scaled to length 1 a row"""
     structural: np.ndarray
-    """(N, S) float32, standardised on the training rows"""
+    """(N, S) float32, standardised on the training rows; the first three are total amount, pack and item size"""
+    embedding: np.ndarray
+    """(N, D) float32, standardised; D is 0 without --embeddings"""
 
     def __getitem__(self, rows: np.ndarray) -> Features:
-        return Features(self.terms[rows], self.structural[rows])
+        return Features(self.terms[rows], self.structural[rows], self.embedding[rows])
 
-    def beside(self, columns: np.ndarray) -> Features:
-        """With more structural columns, (N, D)."""
-        return Features(self.terms, np.hstack([self.structural, columns]))
+    @property
+    def dense(self) -> np.ndarray:
+        """All that is not a term, (N, S + D)."""
+        return np.hstack([self.structural, self.embedding])
 
 
 @dataclass
@@ -86,7 +89,8 @@ class FeatureBuilder:
         slopes = sparse.diags(BY_AMOUNT * numbers[:, 0]) @ self.by_amount.transform(table["entity_name"])
         terms = sparse.hstack([*blocks, slopes], format="csr")
         structural = np.hstack([numbers, amount_bins(table)])
-        return Features(terms.astype(np.float32), structural.astype(np.float32))
+        nothing = np.empty((len(table), 0), np.float32)
+        return Features(terms.astype(np.float32), structural.astype(np.float32), nothing)
 
     def term_names(self) -> TermNames:
         texts = [vectorizer.get_feature_names_out() for _, vectorizer in self.fitted]
@@ -102,30 +106,39 @@ class FeatureBuilder:
         return TermNames(np.concatenate([*texts, slopes]), np.concatenate(groups))
 
 
-@dataclass
-class EmbeddingColumns:
-    """The columns of some embedding files side by side, standardised on the training rows."""
+def add_embeddings(
+    features: dict[str, Features], workspace: Workspace, names: tuple[str, ...]
+) -> dict[str, Features]:
+    """The features of both splits with the columns of embedding files, standardised on the training rows.
 
-    train: np.ndarray
-    """(N, D) float32, zero where a row has no embedding"""
-    test: np.ndarray
+    Columns with a name (log price, amounts) become structural ones. The nameless ones of an embedding share the
+    strength of two: hundreds of them would drown the rest. Rows without an embedding have its mean.
 
-    @classmethod
-    def read(cls, workspace: Workspace, names: tuple[str, ...]) -> EmbeddingColumns:
-        """Raises InputError when an encoder was fitted on rows that it embeds: a model would trust its memory."""
-        read = {split: [_read(workspace, name, split) for name in names] for split in SPLITS}
-        train, test = (np.hstack([matrix for matrix, _ in read[split]]) for split in SPLITS)
-        strength = np.concatenate([strength for _, strength in read["train"]])
-        mean, deviation = train.mean(axis=0), train.std(axis=0) + 1e-6
-        return cls(*((columns - mean) / deviation * strength for columns in (train, test)))
-
-
-def _read(workspace: Workspace, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Columns (N, D) in the order of the prepared table, and how strong each shall be, (D,).
-
-    Columns with a name (log price, amounts) count in full; the nameless ones of the embedding share the strength of
-    two, as hundreds of them would drown the rest.
+    Raises:
+        InputError: a file of other folds, or one whose encoder was fitted on rows that it embeds: a model would learn
+            to trust what the encoder remembers.
     """
+    for name in names:
+        columns, valid, named = {}, {}, 0
+        for split in SPLITS:
+            content = _read(workspace, name, split)
+            aligned = align(content, workspace.prepared(split)["sample_id"].to_numpy(), name)
+            columns[split], valid[split] = aligned.embeddings, aligned.valid
+            named = len(content.meta.get("last_columns", ()))
+        known = columns["train"][valid["train"]]
+        mean, deviation = known.mean(axis=0), known.std(axis=0) + 1e-6
+        for split, old in features.items():
+            standard = np.where(valid[split][:, None], (columns[split] - mean) / deviation, 0).astype(
+                np.float32
+            )
+            nameless, meaning = np.split(standard, [standard.shape[1] - named], axis=1)
+            nameless = nameless * np.float32(np.sqrt(2 / nameless.shape[1]))
+            structural, embedding = np.hstack([old.structural, meaning]), np.hstack([old.embedding, nameless])
+            features = features | {split: Features(old.terms, structural, embedding)}
+    return features
+
+
+def _read(workspace: Workspace, name: str, split: str) -> Embeddings:
     path = workspace.path("embeddings", name=name, split=split)
     content = read_embeddings(path)
     if content.meta["split_hash"] != split_hash(workspace.folds()):
@@ -135,10 +148,7 @@ def _read(workspace: Workspace, name: str, split: str) -> tuple[np.ndarray, np.n
             f"{path}: its encoder was fitted on rows that it embeds (folds {folds}); use an out-of-fold run "
             "(qwen3_finetune.train --folds 5) or a frozen encoder"
         )
-    named = len(content.meta.get("last_columns", ()))
-    strength = np.full(content.width, np.sqrt(2 / (content.width - named)), np.float32)
-    strength[content.width - named :] = 1
-    return align(content, workspace.prepared(split)["sample_id"].to_numpy(), path).embeddings, strength
+    return content
 
 
 def amounts(table: pd.DataFrame) -> np.ndarray:

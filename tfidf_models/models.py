@@ -10,8 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import scipy.sparse as sparse
 
+from contracts.errors import InputError
 from tfidf_models.config import TfidfSettings
 from tfidf_models.features import Features
+
+LARGEST_KERNEL = 30_000  # rows: 3.6 GB a matrix, and several of them
 
 FitPredict = Callable[[TfidfSettings, Features, np.ndarray, Features], np.ndarray]
 
@@ -20,9 +23,43 @@ def ridge(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: F
     from sklearn.linear_model import Ridge
 
     def columns(features: Features) -> sparse.csr_matrix:
-        return sparse.hstack([features.terms, sparse.csr_matrix(features.structural * 0.3)], format="csr")
+        return sparse.hstack([features.terms, sparse.csr_matrix(features.dense * 0.3)], format="csr")
 
     return Ridge(alpha=2.0, solver="sparse_cg", tol=1e-4).fit(columns(fit), ln_price).predict(columns(apply))
+
+
+def kernel(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
+    """Kernel ridge regression: what similar texts of similar amounts cost, all training rows at once.
+
+        k(i, j) = (0.6 + 0.4 exp(−|a_i − a_j|²/2)) · (exp((cos t − 1)/1.5) + 0.3 exp((cos e − 1)/0.5))
+
+    with standardised log amounts a, term vectors t and, with --embeddings, embeddings e. Memory grows with n².
+    """
+    from sklearn.kernel_ridge import KernelRidge
+    from sklearn.metrics.pairwise import rbf_kernel
+    from sklearn.preprocessing import normalize
+
+    if fit.terms.shape[0] > LARGEST_KERNEL:
+        raise InputError(
+            f"--model kernel: {fit.terms.shape[0]} rows, it holds at most {LARGEST_KERNEL} in memory"
+        )
+
+    def similarity(asked: Features) -> np.ndarray:
+        terms = (normalize(asked.terms) @ normalize(fit.terms).T).toarray()
+        similar = np.exp((terms - 1) / 1.5, out=terms)
+        if fit.embedding.shape[1]:
+            cosine = normalize(asked.embedding) @ normalize(fit.embedding).T
+            similar += 0.3 * np.exp((cosine - 1) / 0.5, out=cosine)
+        return similar * (0.6 + 0.4 * rbf_kernel(asked.structural[:, :3], fit.structural[:, :3], gamma=0.5))
+
+    mean = ln_price.mean()
+    model = KernelRidge(alpha=0.05, kernel="precomputed").fit(similarity(fit), ln_price - mean)
+    return mean + np.concatenate(
+        [
+            model.predict(similarity(apply[np.arange(start, min(start + 2048, len(apply.structural)))]))
+            for start in range(0, len(apply.structural), 2048)
+        ]
+    )
 
 
 def neighbours(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
@@ -68,7 +105,7 @@ def lightgbm(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply
 
     def columns(features: Features, skip_self: bool) -> np.ndarray:
         similar = neighbour_features(fit, ln_price, features, skip_self=skip_self)
-        return np.hstack([svd.transform(features.terms), features.structural, similar])
+        return np.hstack([svd.transform(features.terms), features.dense, similar])
 
     fit_columns, apply_columns = columns(fit, True), columns(apply, False)
     predictions = []
@@ -90,5 +127,6 @@ def mlp(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Fea
 
 
 MODELS: dict[str, FitPredict] = {
-    "ridge": ridge, "lightgbm": lightgbm, "neighbours": neighbours, "mlp": mlp, "mlp_distribution": mlp,
+    "ridge": ridge, "kernel": kernel, "lightgbm": lightgbm, "neighbours": neighbours,
+    "mlp": mlp, "mlp_distribution": mlp,
 }  # fmt: skip

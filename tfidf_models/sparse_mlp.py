@@ -93,7 +93,7 @@ def fit_mlp(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, seed: 
     bins = PriceBins(settings.bins, scale) if settings.model == "mlp_distribution" else None
     model = SparseMlp(
         terms=fit.terms.shape[1],
-        structural=fit.structural.shape[1],
+        structural=fit.dense.shape[1],
         hidden=settings.hidden,
         outputs=settings.bins if bins else 1,
     )
@@ -136,5 +136,5 @@ def as_tensors(features: Features) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         torch.from_numpy(matrix.indices.astype(np.int64)),
         torch.from_numpy(matrix.indptr[:-1].astype(np.int64)),
         torch.from_numpy(matrix.data),
-        torch.from_numpy(features.structural),
+        torch.from_numpy(features.dense),
     )

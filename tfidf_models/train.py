@@ -17,13 +17,13 @@ from contracts.files import atomic_write
 from contracts.settings import parse_settings
 from contracts.smape import smape_with_error
 from contracts.splits import N_HOLDOUTS, roles
-from contracts.workspace import Workspace
+from contracts.workspace import SPLITS, Workspace
 from tfidf_models.config import TfidfSettings
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     settings = parse_settings(TfidfSettings, argv, description=__doc__.split("\n")[0])
-    from tfidf_models.features import EmbeddingColumns, build_features
+    from tfidf_models.features import add_embeddings, build_features
     from tfidf_models.models import MODELS
 
     workspace, model = Workspace(settings.workspace), MODELS[settings.model]
@@ -31,10 +31,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     fold = workspace.folds().reindex(train["sample_id"]).to_numpy()
     price = train["price"].to_numpy()
     ln_price = np.log(price)
-    features, test_features = build_features(train, test)
-    if settings.embeddings:
-        columns = EmbeddingColumns.read(workspace, settings.embeddings)
-        features, test_features = features.beside(columns.train), test_features.beside(columns.test)
+    features = dict(zip(SPLITS, build_features(train, test), strict=True))
+    features, test_features = add_embeddings(features, workspace, settings.embeddings).values()
 
     predicted = np.empty(len(train))
     for holdout in tqdm(range(N_HOLDOUTS), desc=f"{settings.model}, out of fold", unit=" hold-outs"):

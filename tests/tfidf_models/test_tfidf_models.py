@@ -10,7 +10,7 @@ from contracts.splits import fitted_on, fitted_out_of_fold, roles, split_hash
 from contracts.workspace import Workspace
 from tfidf_models import train
 from tfidf_models.config import TfidfSettings
-from tfidf_models.features import EmbeddingColumns, build_features
+from tfidf_models.features import Features, add_embeddings, build_features
 from tfidf_models.models import MODELS, neighbour_features
 from tfidf_models.sparse_mlp import PriceBins, SparseMlp, as_tensors
 
@@ -150,11 +150,46 @@ def test_an_out_of_fold_embedding_helps_and_a_leaked_one_is_refused(workspace):
         train.main([*flags, "--embeddings", "encoder"])
 
 
-def test_nameless_columns_share_the_strength_of_two(workspace):
+def test_nameless_columns_share_the_strength_of_two_and_named_ones_are_structural(workspace, tables):
     rng = np.random.default_rng(0)
     for split, rows in (("train", len(workspace.prepared("train"))), ("test", 60)):
         write_columns(workspace, split, rng.normal(3, 5, size=(rows, 51)), fitted_on(encoder_folds=()))
-    columns = EmbeddingColumns.read(workspace, ("encoder",))
-    np.testing.assert_allclose((columns.train[:, :50].std(axis=0) ** 2).sum(), 2, rtol=1e-4)
-    np.testing.assert_allclose(columns.train[:, 50].std(), 1, rtol=1e-4)
-    assert np.abs(columns.train.mean(axis=0)).max() < 1e-4
+    plain = dict(zip(("train", "test"), build_features(*tables), strict=True))
+    train_features = add_embeddings(plain, workspace, ("encoder",))["train"]
+    assert train_features.embedding.shape[1] == 50
+    np.testing.assert_allclose((train_features.embedding.std(axis=0) ** 2).sum(), 2, rtol=1e-4)
+    named = train_features.structural[:, plain["train"].structural.shape[1] :]
+    np.testing.assert_allclose([named.std(), np.abs(named.mean())], [1, 0], atol=1e-4)
+
+
+def test_kernel_is_the_formula_of_its_docstring(tables):
+    """Against a plain double loop on a few rows."""
+    features, _ = build_features(*tables)
+    rng = np.random.default_rng(0)
+    features = Features(features.terms, features.structural, rng.normal(size=(400, 5)).astype(np.float32))
+    fit, apply = features[np.arange(40)], features[np.arange(40, 45)]
+    ln_price = rng.normal(2, 1, size=40)
+
+    def cosine(a, b):
+        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+    def k(one, i, other, j):
+        terms = cosine(one.terms[[i]].toarray()[0], other.terms[[j]].toarray()[0])
+        embedding = cosine(one.embedding[i], other.embedding[j])
+        distance = ((one.structural[i, :3] - other.structural[j, :3]) ** 2).sum()
+        amount = 0.6 + 0.4 * np.exp(-distance / 2)
+        return amount * (np.exp((terms - 1) / 1.5) + 0.3 * np.exp((embedding - 1) / 0.5))
+
+    gram = np.array([[k(fit, i, fit, j) for j in range(40)] for i in range(40)])
+    asked = np.array([[k(apply, i, fit, j) for j in range(40)] for i in range(5)])
+    weights = np.linalg.solve(gram + 0.05 * np.eye(40), ln_price - ln_price.mean())
+    expected = ln_price.mean() + asked @ weights
+    predicted = MODELS["kernel"](TfidfSettings(model="kernel"), fit, ln_price, apply)
+    np.testing.assert_allclose(predicted, expected, atol=1e-3)
+
+
+def test_kernel_refuses_more_rows_than_fit_in_memory(tables, monkeypatch):
+    features, _ = build_features(*tables)
+    monkeypatch.setattr("tfidf_models.models.LARGEST_KERNEL", 300)
+    with pytest.raises(InputError, match="400 rows"):
+        MODELS["kernel"](TfidfSettings(model="kernel"), features, np.zeros(400), features)

@@ -177,8 +177,13 @@ def load_for(
     return table.to(trained.device)
 
 
-def evaluate(trained: TrainedModel, workspace: Workspace, modalities: tuple[str, ...]) -> dict:
-    """Score a finished run on its validation rows again, by groups; writes the table, json and plots."""
+def validation_rows(
+    trained: TrainedModel, workspace: Workspace, modalities: tuple[str, ...]
+) -> tuple[FusionTable, torch.Tensor, str]:
+    """The training table, the positions of a finished run's validation rows, and what a score on them is called.
+
+    Raises InputError for a run without validation rows, or leaked ones unless it was trained with --allow-leak.
+    """
     roles = splits.roles(trained.settings.holdout)
     if not roles.validate:
         raise InputError(
@@ -186,11 +191,14 @@ def evaluate(trained: TrainedModel, workspace: Workspace, modalities: tuple[str,
         )
     table = load_for(trained, workspace, "train", modalities)
     leaked = check_no_leak(table, roles.validate, allow=trained.settings.allow_leak)
-    rows = table.rows_in(roles.validate)
+    return table, table.rows_in(roles.validate), "leaked" if leaked else "validation"
+
+
+def evaluate(trained: TrainedModel, workspace: Workspace, modalities: tuple[str, ...]) -> dict:
+    """Score a finished run on its validation rows again, by groups; writes the table, json and plots."""
+    table, rows, name = validation_rows(trained, workspace, modalities)
     price = predict(trained.model, table, rows, trained.target).double().expm1().numpy()
-    scores = write_scores(
-        trained.folder, table, rows.numpy(), price, name="leaked" if leaked else "validation"
-    )
+    scores = write_scores(trained.folder, table, rows.numpy(), price, name=name)
     print(f"{trained.folder / 'by_group.csv'}\n" + (trained.folder / "by_group.csv").read_text())
     return scores
 

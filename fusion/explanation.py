@@ -22,34 +22,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from contracts import splits
 from contracts.errors import InputError
 from contracts.files import atomic_write
 from contracts.plots import figure_at
 from contracts.smape import smape
 from contracts.workspace import STRUCTURAL_FEATURES, Workspace
-from fusion.dataset import FusionTable, check_no_leak
-from fusion.experiment import TrainedModel, load_for
+from fusion.dataset import FusionTable
+from fusion.experiment import TrainedModel, validation_rows
 from fusion.loop import predict
 
 UP, DOWN = "#c0504d", "#4f81bd"
-
-
-def validation_table(
-    trained: TrainedModel, workspace: Workspace, modalities: tuple[str, ...]
-) -> tuple[FusionTable, str]:
-    """The rows that neither the model nor an encoder has seen, and what a score on them is called.
-
-    Raises InputError for a run without validation rows, or leaked ones unless it was trained with --allow-leak.
-    """
-    roles = splits.roles(trained.settings.holdout)
-    if not roles.validate:
-        raise InputError(
-            f"{trained.folder.name} was trained with --holdout null: no rows are left to explain"
-        )
-    table = load_for(trained, workspace, "train", modalities)
-    leaked = check_no_leak(table, roles.validate, allow=trained.settings.allow_leak)
-    return take_rows(table, table.rows_in(roles.validate)), "leaked" if leaked else "validation"
 
 
 def take_rows(table: FusionTable, rows: Tensor) -> FusionTable:
@@ -198,7 +180,8 @@ def explain(
 
     In explanation/: importance.csv, importance.png, products.csv (one row a product), products/<sample_id>.png.
     """
-    table, name = validation_table(trained, workspace, modalities)
+    table, rows, name = validation_rows(trained, workspace, modalities)
+    table = take_rows(table, rows)
     predicted = ln_price(trained, table)
     chosen = take_rows(table, choose_products(table, ids, products, predicted))
     if trained.settings.modality_dropout == 0:

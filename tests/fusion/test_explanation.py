@@ -217,7 +217,7 @@ def test_leaked_rows_are_refused(run, tmp_path):
 def test_a_final_model_has_no_rows_to_explain(run):
     flags = ["--preset", "tiny", "--width", "16", "--heads", "2", "--epochs", "1", "--holdout", "null"]
     train.main(["--workspace", str(run.root), *flags, "--run", "final", "--device", "cpu"])
-    with pytest.raises(InputError, match="--holdout null: no rows are left to explain"):
+    with pytest.raises(InputError, match="--holdout null: no rows are left to validate"):
         explain.main(["--workspace", str(run.root), "--run", "final"])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -135,7 +136,7 @@ class OutOfFoldRun:
             FinishedRun(dataclasses.replace(apply, run=part_name(apply.run, holdout)))
             for holdout in (None, *range(self.settings.folds))
         )
-        self.alignments = self._alignments() if align else None
+        self.align = align
 
     @property
     def width(self) -> int:
@@ -155,7 +156,7 @@ class OutOfFoldRun:
         for holdout, encoder in enumerate(self.parts):
             unseen = np.isin(rows.fold[chosen], encoder.settings.roles.validate)
             features[unseen], log_price[unseen] = encoder.encode(rows, chosen[unseen])
-            if self.alignments is not None:
+            if self.align:
                 features[unseen, :-N_STRUCTURAL] = self.alignments[holdout](features[unseen, :-N_STRUCTURAL])
         # each encoder standardises them by its own rows
         features[:, -N_STRUCTURAL:] = self.whole.standardise(rows.structural[chosen])
@@ -164,7 +165,8 @@ class OutOfFoldRun:
     def _with_log_price(self, features: np.ndarray, log_price: np.ndarray) -> np.ndarray:
         return np.insert(features, features.shape[1] - N_STRUCTURAL, log_price, axis=1)
 
-    def _alignments(self) -> list[Alignment]:
+    @cached_property
+    def alignments(self) -> list[Alignment]:
         """One for each part, from rows that both the part and the encoder of all rows were fitted on."""
         rows = read_rows(self.workspace, "train")
         random = np.random.default_rng(self.settings.seed)

@@ -180,6 +180,7 @@ def test_int8_prices_are_those_of_the_model(table, variant):
     torch.testing.assert_close(predict(plain_linears(model), table, torch.arange(100), target), price)
     int8 = predict(int8_copy(model), table, torch.arange(100), target)
     assert price.std() > 0.7  # the model has learnt what to lose
-    assert 0 < (int8 - price).abs().max() < 0.1
+    difference = (int8 - price).abs()
+    assert 0 < difference.mean() < 0.05 * price.std() and difference.max() < 0.3 * price.std()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(predict(model, table, torch.arange(100), target), price)

@@ -13,16 +13,16 @@ from contracts.errors import InputError
 from contracts.splits import roles
 from contracts.workspace import Workspace
 from tfidf_models import explain, train
-from tfidf_models.explain import (
+from tfidf_models.attribution import (
     Catalogue,
     Explainer,
-    ExplainSettings,
     by_group,
     by_word,
     effects,
     integrated_gradients,
     pieces_to_words,
 )
+from tfidf_models.explain import ExplainSettings
 from tfidf_models.features import amount_bins, amounts, structural_fields
 
 QUICK = {"seeds": 2, "epochs": 25, "lr": 1e-2, "hidden": 32}

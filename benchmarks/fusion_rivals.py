@@ -12,11 +12,13 @@ from itertools import islice
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fusion.blocks import Dropout, EmbeddingBranch, zero_missing
+from fusion.blocks import Dropout, EmbeddingBranch, MixtureOfExperts, zero_missing
 from fusion.dataset import FusionTable
+from fusion.int8 import LinearExperts
 from fusion.loop import Target
 
 WIDTHS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
@@ -65,10 +67,32 @@ class PlainBranch(EmbeddingBranch):
         return zero_missing(self.layers(self.scale * zero_missing(embedding, valid)), valid)
 
 
+class PlainMixture(LinearExperts):
+    """The mixture as a list of experts, each a stack of Linear, GELU and dropout."""
+
+    def __init__(self, mixture: MixtureOfExperts):
+        super().__init__(mixture)
+        self.dropout = nn.Dropout(mixture.dropout.p)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate = self.gate(x).softmax(dim=-1)
+        outputs = []
+        for *hidden, last in self.experts:
+            h = x
+            for linear in hidden:
+                h = self.dropout(F.gelu(linear(h)))
+            outputs.append(last(h))
+        return torch.einsum("be,ebo->bo", gate, torch.stack(outputs)), gate
+
+
 def with_plain_layers(model: nn.Module) -> nn.Module:
-    """The same model, in place, with torch's own dropout and branches without the fast path of `fusion.blocks`."""
+    """The same model, in place, as one would write it first: without the fast paths of `fusion.blocks`."""
     plain = {Dropout: nn.Dropout, EmbeddingBranch: PlainBranch}
-    for module in model.modules():
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, MixtureOfExperts):
+                with torch.no_grad():
+                    setattr(module, name, PlainMixture(child))
         module.__class__ = plain.get(type(module), type(module))
     return model
 

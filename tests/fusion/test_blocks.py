@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from contracts.errors import InputError
-from fusion.blocks import AttentionBlock, EmbeddingBranch, MixtureOfExperts
+from fusion.blocks import AttentionBlock, EmbeddingBranch, MixtureOfExperts, expert_products
 
 
 def seeded(module_of, *, seed: int = 0, **settings) -> nn.Module:
@@ -174,6 +174,22 @@ def test_mixture_equals_a_plain_loop_over_experts(experts, d_out):
     assert output.shape == (9, d_out) and gate.shape == (9, experts)
     torch.testing.assert_close(output, dense_mixture(mixture, x))
     torch.testing.assert_close(gate.sum(dim=1), torch.ones(9).double())
+
+
+def test_product_per_expert_equals_the_batched_product_and_its_gradients():
+    torch.manual_seed(0)
+    bias, weight, x = (torch.randn(*shape).double() for shape in ((3, 1, 4), (3, 6, 4), (5, 6)))
+    inputs = [tensor.requires_grad_() for tensor in (bias, x, weight)]
+    results = []
+    for product in (expert_products, torch.baddbmm):
+        out = product(bias, x.expand(3, -1, -1), weight)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for ours, batched in zip(*results, strict=True):
+        torch.testing.assert_close(ours, batched)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            expert_products(bias.float(), x.float().expand(3, -1, -1), weight.float()).dtype == torch.bfloat16
+        )
 
 
 def test_mixture_is_initialised_as_nn_linear():

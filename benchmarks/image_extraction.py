@@ -89,21 +89,28 @@ def make_jpegs(settings: ImageExtractionSettings, folder: Path) -> list[Path]:
 
 
 def preprocessing() -> dict[str, Callable]:
-    """Picture to (3, S, S): the stages' own for both encoders, and transformers' processor as a whole."""
+    """Picture to (3, S, S): the stages' own for both encoders, and transformers' processor as a whole.
+
+    SigLIP's pixels leave a worker as bytes; "normalised" is what the model's device makes of them.
+    """
     import torch
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from transformers import SiglipImageProcessor
 
-    from siglip_extract.model import pixels_like
+    from siglip_extract.model import normalise_like, resize_like
 
     processor = SiglipImageProcessor(size={"height": SIGLIP_SIDE, "width": SIGLIP_SIDE})
 
     def by_processor(picture: Image.Image) -> torch.Tensor:
         return processor(picture, return_tensors="pt")["pixel_values"][0]
 
+    clip = image_transform_v2(PreprocessCfg(size=CLIP_SIDE), is_train=False)
+    resize, normalise = resize_like(processor, SIGLIP_SIDE, "SigLIP"), normalise_like(processor, "SigLIP")
     return {
-        "clip": image_transform_v2(PreprocessCfg(size=CLIP_SIDE), is_train=False),
-        "siglip": pixels_like(processor, SIGLIP_SIDE, "SigLIP"),
+        "clip": clip,
+        "clip normalised": clip,
+        "siglip": resize,
+        "siglip normalised": lambda picture: normalise(resize(picture)),
         "siglip processor": by_processor,
     }
 
@@ -137,6 +144,7 @@ def per_core(paths: list[Path], rounds: int) -> list[dict[str, object]]:
         "prepare CLIP, from the decode for 384": lambda path: clip(half[path]),
         "prepare CLIP, from the decode for 384 averaged": lambda path: clip(shrunk(half[path], CLIP_SIDE)),
         "prepare SigLIP": lambda path: siglip(half[path]),
+        "prepare SigLIP and normalise": lambda path: prepare["siglip normalised"](half[path]),
         "prepare SigLIP, whole processor": lambda path: processor(half[path]),
         "CLIP": lambda path: clip(open_picture(path, min_side=CLIP_SIDE)),
         "CLIP, full decode": lambda path: clip(plain_open(path)),
@@ -196,7 +204,7 @@ def agreement(paths: list[Path]) -> list[dict[str, object]]:
     rows = []
     for (encoder, decode), opened in decodes.items():
         inputs = [
-            torch.stack([prepare[encoder](open_one(path)) for path in paths])
+            torch.stack([prepare[f"{encoder} normalised"](open_one(path)) for path in paths])
             for open_one in (plain_open, opened)
         ]
         with torch.inference_mode():

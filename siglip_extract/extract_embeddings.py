@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Pictures:
-    """The rows of the image tower. An item is (pixels (3, S, S), "") or (None, why there are none)."""
+    """The rows of the image tower. An item is (pixels (3, S, S) uint8, "") or (None, why there are none)."""
 
     unit = "pictures"
 
@@ -147,7 +147,7 @@ def encode(
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with torch.inference_mode(), autocast:
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-        return tower.model(**inputs).pooler_output.float().cpu().numpy()
+        return tower(inputs).float().cpu().numpy()
 
 
 def embed(

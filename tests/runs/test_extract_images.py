@@ -145,7 +145,7 @@ def test_large_picture_is_averaged_down_as_the_decoder_would(tmp_path):
 def test_siglip_pixels_are_those_of_its_processor(tmp_path):
     from transformers import SiglipImageProcessor
 
-    from siglip_extract.model import pixels_like
+    from siglip_extract.model import normalise_like, resize_like
 
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (91, 70, 3), np.uint8))
     for options in (
@@ -154,5 +154,6 @@ def test_siglip_pixels_are_those_of_its_processor(tmp_path):
     ):
         processor = SiglipImageProcessor(size={"height": 64, "width": 64}, **options)
         plain = processor(torch.from_numpy(np.array(picture)).permute(2, 0, 1), return_tensors="pt")
-        fast = pixels_like(processor, 64, "test")(picture)
-        assert fast.is_contiguous() and torch.equal(fast, plain["pixel_values"][0])
+        fast = resize_like(processor, 64, "test")(picture)
+        assert fast.dtype == torch.uint8 and fast.is_contiguous()
+        assert torch.equal(normalise_like(processor, "test")(fast), plain["pixel_values"][0])

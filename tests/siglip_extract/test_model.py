@@ -61,23 +61,28 @@ def test_towers_of_a_full_checkpoint_equal_the_full_model(checkpoint):
     assert isinstance(image.model, SiglipVisionModel) and isinstance(text.model, SiglipTextModel)
     pixels, ids = image.prepare(PICTURE)[None], text.prepare(CORPUS[:3])
     with torch.inference_mode():
-        expected_image = model.get_image_features(pixel_values=pixels).pooler_output
+        expected_image = model.get_image_features(pixel_values=(pixels / 255 - 0.3) / 0.5).pooler_output
         expected_text = model.get_text_features(input_ids=ids).pooler_output
-        torch.testing.assert_close(image.model(pixel_values=pixels).pooler_output, expected_image)
-        torch.testing.assert_close(text.model(input_ids=ids).pooler_output, expected_text)
+        torch.testing.assert_close(image({"pixel_values": pixels}), expected_image)
+        torch.testing.assert_close(text({"input_ids": ids}), expected_text)
     assert expected_image.shape == (1, image.width) and expected_text.shape == (3, text.width)
 
 
 def test_pictures_are_normalised_as_the_checkpoint_says(checkpoint):
     white = Image.new("RGB", (200, 100), "white")
-    torch.testing.assert_close(image_tower(str(checkpoint[0])).prepare(white), torch.full((3, 64, 64), 1.4))
-    torch.testing.assert_close(image_tower("tiny", random_weights=True).prepare(white), torch.ones(3, 64, 64))
+    for tower, expected in (
+        (image_tower(str(checkpoint[0])), 1.4),
+        (image_tower("tiny", random_weights=True), 1.0),
+    ):
+        pixels = tower.prepare(white)[None]
+        assert pixels.dtype == torch.uint8
+        torch.testing.assert_close(tower.normalise(pixels), torch.full((1, 3, 64, 64), expected))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (5, 3), (3, 5), (3000, 1)])
 def test_odd_picture_shapes(size):
     red = image_tower("tiny", random_weights=True).prepare(Image.new("RGB", size, "red"))
-    expected = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 64, 64)
+    expected = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 64, 64)
     torch.testing.assert_close(red, expected)
 
 

@@ -1,6 +1,6 @@
 """What every word and field adds to the price of a product, for the sparse MLP of `tfidf_models.sparse_mlp`.
 
-Legend: n explained rows, N catalogue rows, V terms, S structural features.
+Legend: n explained rows, N catalogue rows, V terms, S structural features, D dimensions of all views of meaning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from contracts.errors import InputError
 from contracts.splits import N_HOLDOUTS, roles
 from contracts.workspace import Workspace
 from tfidf_models.config import TfidfSettings
-from tfidf_models.features import TERM_GROUPS, WORD, FeatureBuilder, Features, TermNames, structural_fields
+from tfidf_models.features import (
+    TERM_GROUPS,
+    WORD,
+    FeatureBuilder,
+    Features,
+    TermNames,
+    structural_fields,
+    with_meanings,
+)
+from tfidf_models.meanings import VIEWS
 
 if TYPE_CHECKING:
     from tfidf_models.sparse_mlp import FittedMlp
@@ -46,7 +55,7 @@ class Catalogue:
         tables = {split: workspace.prepared(split) for split in ("train", "test")}
         fold = workspace.folds().reindex(tables["train"]["sample_id"]).to_numpy()
         builder = FeatureBuilder(tables["train"])
-        features = {split: builder(table) for split, table in tables.items()}
+        features = dict(zip(tables, with_meanings(builder, **tables), strict=True))
         return cls(tables, features, fold, builder, builder.term_names())
 
     def held_out(self, holdout: int | None) -> np.ndarray:
@@ -71,14 +80,16 @@ class Attribution:
     """(n, V)"""
     structural: np.ndarray
     """(n, S)"""
+    meanings: np.ndarray
+    """(n, 3), one column a view"""
     baseline: float
-    """ln price of a product without any term and with mean structural features"""
+    """ln price of a product without any term and with the mean of all else"""
     predicted: np.ndarray
     """(n,) ln price"""
 
 
 def integrated_gradients(network: FittedMlp, features: Features, baseline: np.ndarray) -> Attribution:
-    """Attribute ln price by integrated gradients from no terms and structural features `baseline` (S,).
+    """Attribute ln price by integrated gradients from no terms and `Features.dense` at `baseline` (S + D,).
 
         IG_i = (x_i − x'_i) ∫₀¹ ∂f/∂x_i (x' + α (x − x')) dα
 
@@ -91,10 +102,10 @@ def integrated_gradients(network: FittedMlp, features: Features, baseline: np.nd
     from tfidf_models.sparse_mlp import as_tensors
 
     mlp, counts = network.network, np.diff(features.terms.indptr)
-    indices, offsets, values, structural = as_tensors(features)
+    indices, offsets, values, dense = as_tensors(features)
     with torch.no_grad():
         start = mlp.structural(torch.from_numpy(baseline)[None])  # (1, hidden)
-        moved = mlp.terms(indices, offsets, per_sample_weights=values) + mlp.structural(structural) - start
+        moved = mlp.terms(indices, offsets, per_sample_weights=values) + mlp.structural(dense) - start
         ends = [
             mlp.layers(z)[:, 0].double().numpy() * network.scale + network.mean
             for z in (start, start + moved)
@@ -106,9 +117,12 @@ def integrated_gradients(network: FittedMlp, features: Features, baseline: np.nd
     with torch.no_grad():
         slope = mlp.terms.weight[indices] * gradient.repeat_interleave(torch.from_numpy(counts), dim=0)
         terms = (values * slope.sum(dim=1)).double().numpy()
-        by_column = (structural - torch.from_numpy(baseline)) * (gradient @ mlp.structural.weight)
+        by_column = (dense - torch.from_numpy(baseline)) * (gradient @ mlp.structural.weight)
     matrix = sparse.csr_matrix((terms, features.terms.indices, features.terms.indptr), features.terms.shape)
-    return Attribution(matrix, by_column.double().numpy(), float(ends[0][0]), ends[1])
+    widths = [features.structural.shape[1], *(view.shape[1] for view in features.meanings)]
+    structural, *views = np.split(by_column.double().numpy(), np.cumsum(widths)[:-1], axis=1)
+    meanings = np.stack([view.sum(axis=1) for view in views], axis=1)
+    return Attribution(matrix, structural, meanings, float(ends[0][0]), ends[1])
 
 
 @dataclass
@@ -122,7 +136,7 @@ class Explainer:
     networks: list[FittedMlp]
     """what is explained is the mean of their ln prices"""
     baseline: np.ndarray
-    """(S,) mean structural features of the fitted rows"""
+    """(S + D,) mean of the fitted rows' `Features.dense`"""
 
     @classmethod
     def fit(cls, settings: TfidfSettings, catalogue: Catalogue, holdout: int | None) -> Explainer:
@@ -136,7 +150,7 @@ class Explainer:
         networks = [fit_mlp(settings, known, ln_price, seed) for seed in seeds]
         split = "test" if holdout is None else "train"
         rows = np.arange(len(catalogue.tables["test"])) if holdout is None else np.flatnonzero(held_out)
-        return cls(catalogue, split, rows, networks, known.structural.mean(axis=0))
+        return cls(catalogue, split, rows, networks, known.dense.mean(axis=0))
 
     def table(self, rows: np.ndarray) -> pd.DataFrame:
         return self.catalogue.tables[self.split].iloc[rows]
@@ -158,6 +172,7 @@ class Explainer:
                 Attribution(
                     sum(part.terms for part in each) / len(each),
                     np.mean([part.structural for part in each], axis=0),
+                    np.mean([part.meanings for part in each], axis=0),
                     float(np.mean([part.baseline for part in each])),
                     np.mean([part.predicted for part in each], axis=0),
                 )
@@ -165,6 +180,7 @@ class Explainer:
         return Attribution(
             sparse.vstack([part.terms for part in parts], format="csr"),
             np.concatenate([part.structural for part in parts]),
+            np.concatenate([part.meanings for part in parts]),
             parts[0].baseline,
             np.concatenate([part.predicted for part in parts]),
         )
@@ -193,7 +209,8 @@ def pieces_to_words(builder: FeatureBuilder, title: str, pieces: dict[str, float
 def effects(catalogue: Catalogue, product: pd.Series, attribution: Attribution, row: int) -> pd.DataFrame:
     """What moves the price of one product: columns label, group, contribution (ln price), one line an effect.
 
-    Groups are those of the terms, "amounts" and "lengths"; title pieces are given to the words they come from.
+    Groups are those of the terms, "meanings", "amounts" and "lengths"; title pieces are given to the words they come
+    from.
     """
     terms, names = attribution.terms[row], catalogue.names
     frame = pd.DataFrame(
@@ -208,8 +225,9 @@ def effects(catalogue: Catalogue, product: pd.Series, attribution: Attribution, 
     fields = fields.groupby("field", sort=False, as_index=False).sum()
     fields["group"] = np.where(fields["field"].isin(LENGTHS), "lengths", "amounts")
     fields["label"] = [f"{field}: {field_value(product, field)}" for field in fields["field"]]
+    views = pd.DataFrame({"label": VIEWS, "contribution": attribution.meanings[row]}).assign(group="meanings")
     columns = ["label", "group", "contribution"]
-    parts = [part[columns] for part in (frame[~is_piece], words, fields) if len(part)]
+    parts = [part[columns] for part in (frame[~is_piece], words, fields, views) if len(part)]
     return pd.concat(parts).groupby(["label", "group"], sort=False, as_index=False).sum()
 
 
@@ -228,6 +246,7 @@ def by_group(names: TermNames, attribution: Attribution) -> pd.DataFrame:
     """Mean absolute net contribution of each group to ln price, and the same as percent of the price."""
     fields = structural_fields()
     net = {group: attribution.terms @ (names.group == group).astype(float) for group in TERM_GROUPS}
+    net["meanings"] = attribution.meanings.sum(axis=1)
     net["amounts"] = attribution.structural[:, ~np.isin(fields, LENGTHS)].sum(axis=1)
     net["lengths"] = attribution.structural[:, np.isin(fields, LENGTHS)].sum(axis=1)
     size = np.array([np.abs(values).mean() for values in net.values()])

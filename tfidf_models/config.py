@@ -13,10 +13,13 @@ from contracts.workspace import REPOSITORY
 class TfidfSettings:
     workspace: str = str(REPOSITORY)
     """Folder with data/; predictions/ is written there."""
-    model: Literal["ridge", "kernel", "lightgbm", "neighbours", "mlp", "mlp_distribution"] = "mlp"
-    """ridge on TF-IDF; kernel: ridge in a product of text and amount similarity; lightgbm on an SVD; neighbours: prices
-    of similar products; mlp: sparse MLP with a SMAPE loss; mlp_distribution: the same over bins of log price, from
-    which the price with the lowest expected SMAPE is read."""
+    model: Literal[
+        "ridge", "kernel", "boosted", "lightgbm", "neighbours", "mlp", "mlp_on_kernel", "mlp_distribution"
+    ] = "mlp"
+    """ridge on TF-IDF; kernel: ridge in a learned similarity of words, meanings and amounts; boosted: kernel, then
+    LightGBM on its errors; lightgbm on an SVD; neighbours: prices of similar products; mlp: sparse MLP with a SMAPE
+    loss; mlp_on_kernel: the same with the kernel's price as a column; mlp_distribution: the mlp over bins of log price,
+    from which the price with the lowest expected SMAPE is read."""
     embeddings: tuple[str, ...] = ()
     """Embedding files to use beside the word counts, such as qwen_text; out of fold, or of a frozen encoder."""
     name: str = ""
@@ -33,15 +36,17 @@ class TfidfSettings:
     """Share of a text's terms hidden in training."""
     bins: int = 40
     """Bins of the price distribution."""
+    kernel_steps: int = 40
+    """Steps in which the kernel's similarity is learned."""
     trees: int = 500
-    """Boosting rounds of LightGBM."""
+    """Boosting rounds of LightGBM; half of them on the kernel's errors."""
     svd: int = 128
     """Dimensions of the SVD that LightGBM sees."""
     seed: int = 0
     """First of the seeds."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "epochs", "hidden", "lr", "svd", "trees"):
+        for name in ("seeds", "epochs", "hidden", "lr", "kernel_steps", "svd", "trees"):
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
         if self.bins < 3:

@@ -1,11 +1,11 @@
-"""What the models see of a product: TF-IDF of its texts, and the parsed amounts.
+"""What the models see of a product: TF-IDF of its texts, what its words mean, and the parsed amounts.
 
-Legend: N catalogue rows, V terms, S structural features.
+Legend: N catalogue rows, V terms, S structural features, D dimensions of a view of meaning.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -15,12 +15,15 @@ from contracts.embeddings import Embeddings, align, read_embeddings
 from contracts.errors import InputError
 from contracts.splits import N_FOLDS, leaked_folds, split_hash
 from contracts.workspace import SPLITS, Workspace
+from tfidf_models.meanings import meanings
 
 WORD = r"(?u)[^\W\d_]+|\d+(?:\.\d+)?"  # numbers stay whole: 1.5 is not 1 and 5
 UNIT_KINDS = ("weight", "volume", "count", "none")
 AMOUNT_BINS = np.linspace(0, 10, 21)  # of log1p(total amount)
 PACK_BINS = np.log([1.5, 2.5, 3.5, 4.5, 6.5, 9, 12.5, 18, 30, 60])
 TERM_GROUPS = ("title words", "text words", "word pairs", "title pieces", "words by amount")
+N_AMOUNTS = 6  # the first columns of `amounts`
+KIND_COLUMNS = [14, 15, 16, 17]  # of `amounts`
 BY_AMOUNT = 0.6  # strength of a title word times the standardised amount, beside the word itself
 
 
@@ -31,17 +34,27 @@ class Features:
     terms: sparse.csr_matrix
     """(N, V) float32, each block of terms scaled to length 1 a row"""
     structural: np.ndarray
-    """(N, S) float32, standardised on the training rows; the first three are total amount, pack and item size"""
-    embedding: np.ndarray
-    """(N, D) float32, standardised; D is 0 without --embeddings"""
+    """(N, S) float32, standardised on the training rows; the columns of `structural_fields`, then those that an
+    embedding file names"""
+    meanings: tuple[np.ndarray, ...] = ()
+    """(N, D) float32 each, rows of length 1 (0 where nothing is known): `tfidf_models.meanings`, then --embeddings"""
+    compared_blocks: tuple[slice, ...] = ()
+    """columns of `terms` that a similarity compares: name words and pairs, text words, name pieces"""
 
     def __getitem__(self, rows: np.ndarray) -> Features:
-        return Features(self.terms[rows], self.structural[rows], self.embedding[rows])
+        meanings = tuple(view[rows] for view in self.meanings)
+        return Features(self.terms[rows], self.structural[rows], meanings, self.compared_blocks)
 
     @property
     def dense(self) -> np.ndarray:
-        """All that is not a term, (N, S + D)."""
-        return np.hstack([self.structural, self.embedding])
+        """All that is not a term, (N, S + ΣD); each view as strong as two standardised columns."""
+        return np.hstack([self.structural, *(np.float32(np.sqrt(2)) * view for view in self.meanings)])
+
+    @property
+    def compared_amounts(self) -> list[list[int]]:
+        """Columns of `structural` that a similarity compares, together if in one list."""
+        named = range(len(structural_fields()), self.structural.shape[1])
+        return [*([column] for column in range(N_AMOUNTS)), KIND_COLUMNS, *([column] for column in named)]
 
 
 @dataclass
@@ -55,9 +68,16 @@ class TermNames:
 
 
 def build_features(train: pd.DataFrame, test: pd.DataFrame) -> tuple[Features, Features]:
-    """Features of both prepared tables. Vocabulary and scaling come from the training texts, no price is used."""
-    builder = FeatureBuilder(train)
-    return builder(train), builder(test)
+    """Features of both prepared tables. Terms and scaling come from the training texts, meanings from both tables'
+    texts; no price is used."""
+    return with_meanings(FeatureBuilder(train), train, test)
+
+
+def with_meanings(
+    builder: FeatureBuilder, train: pd.DataFrame, test: pd.DataFrame
+) -> tuple[Features, Features]:
+    views = meanings({"train": train, "test": test}, WORD)
+    return replace(builder(train), meanings=views["train"]), replace(builder(test), meanings=views["test"])
 
 
 class FeatureBuilder:
@@ -89,8 +109,11 @@ class FeatureBuilder:
         slopes = sparse.diags(BY_AMOUNT * numbers[:, 0]) @ self.by_amount.transform(table["entity_name"])
         terms = sparse.hstack([*blocks, slopes], format="csr")
         structural = np.hstack([numbers, amount_bins(table)])
-        nothing = np.empty((len(table), 0), np.float32)
-        return Features(terms.astype(np.float32), structural.astype(np.float32), nothing)
+        ends = np.cumsum([0, *(block.shape[1] for block in blocks)])
+        name, text, _, pieces = (slice(*ends[block : block + 2]) for block in range(4))
+        return Features(
+            terms.astype(np.float32), structural.astype(np.float32), compared_blocks=(name, text, pieces)
+        )
 
     def term_names(self) -> TermNames:
         texts = [vectorizer.get_feature_names_out() for _, vectorizer in self.fitted]
@@ -109,10 +132,10 @@ class FeatureBuilder:
 def add_embeddings(
     features: dict[str, Features], workspace: Workspace, names: tuple[str, ...]
 ) -> dict[str, Features]:
-    """The features of both splits with the columns of embedding files, standardised on the training rows.
+    """The features of both splits with the columns of embedding files.
 
-    Columns with a name (log price, amounts) become structural ones. The nameless ones of an embedding share the
-    strength of two: hundreds of them would drown the rest. Rows without an embedding have its mean.
+    Columns with a name (log price, amounts) become structural ones, standardised on the training rows; the nameless
+    ones are one more view of meaning. Rows without an embedding have the mean of the first and nothing of the second.
 
     Raises:
         InputError: a file of other folds, or one whose encoder was fitted on rows that it embeds: a model would learn
@@ -127,14 +150,13 @@ def add_embeddings(
             named = len(content.meta.get("last_columns", ()))
         known = columns["train"][valid["train"]]
         mean, deviation = known.mean(axis=0), known.std(axis=0) + 1e-6
+        first_named = known.shape[1] - named
         for split, old in features.items():
-            standard = np.where(valid[split][:, None], (columns[split] - mean) / deviation, 0).astype(
-                np.float32
-            )
-            nameless, meaning = np.split(standard, [standard.shape[1] - named], axis=1)
-            nameless = nameless * np.float32(np.sqrt(2 / nameless.shape[1]))
-            structural, embedding = np.hstack([old.structural, meaning]), np.hstack([old.embedding, nameless])
-            features = features | {split: Features(old.terms, structural, embedding)}
+            centred = np.where(valid[split][:, None], columns[split] - mean, 0).astype(np.float32)
+            view = centred[:, :first_named]
+            view /= np.maximum(np.linalg.norm(view, axis=1, keepdims=True), 1e-9)
+            structural = np.hstack([old.structural, centred[:, first_named:] / deviation[first_named:]])
+            features = features | {split: replace(old, structural=structural, meanings=(*old.meanings, view))}
     return features
 
 

@@ -6,15 +6,17 @@ Legend: n rows to fit, m rows to predict.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import scipy.sparse as sparse
 
-from contracts.errors import InputError
 from tfidf_models.config import TfidfSettings
 from tfidf_models.features import Features
 
-LARGEST_KERNEL = 30_000  # rows: 3.6 GB a matrix, and several of them
+OMP_THREADS = (
+    0  # LightGBM's word for as many as OpenMP may use; its default takes every core, whoever else is there
+)
 
 FitPredict = Callable[[TfidfSettings, Features, np.ndarray, Features], np.ndarray]
 
@@ -29,37 +31,51 @@ def ridge(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: F
 
 
 def kernel(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
-    """Kernel ridge regression: what similar texts of similar amounts cost, all training rows at once.
+    return kernel_prices(settings, fit, ln_price, apply)[1]
 
-        k(i, j) = (0.6 + 0.4 exp(−|a_i − a_j|²/2)) · (exp((cos t − 1)/1.5) + 0.3 exp((cos e − 1)/0.5))
 
-    with standardised log amounts a, term vectors t and, with --embeddings, embeddings e. Memory grows with n².
+def kernel_prices(
+    settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features
+) -> tuple[np.ndarray, np.ndarray]:
+    """ln price of each fitted row by all other fitted rows (n,), and of the rows asked for by all fitted ones (m,).
+
+    So a second model may learn from the first one's errors on the rows that both are fitted on.
     """
-    from sklearn.kernel_ridge import KernelRidge
-    from sklearn.metrics.pairwise import rbf_kernel
-    from sklearn.preprocessing import normalize
+    from tfidf_models.kernel import KernelModel
 
-    if fit.terms.shape[0] > LARGEST_KERNEL:
-        raise InputError(
-            f"--model kernel: {fit.terms.shape[0]} rows, it holds at most {LARGEST_KERNEL} in memory"
-        )
+    model = KernelModel.fit(settings, fit, ln_price)
+    return model.left_out, model.predict(apply)
 
-    def similarity(asked: Features) -> np.ndarray:
-        terms = (normalize(asked.terms) @ normalize(fit.terms).T).toarray()
-        similar = np.exp((terms - 1) / 1.5, out=terms)
-        if fit.embedding.shape[1]:
-            cosine = normalize(asked.embedding) @ normalize(fit.embedding).T
-            similar += 0.3 * np.exp((cosine - 1) / 0.5, out=cosine)
-        return similar * (0.6 + 0.4 * rbf_kernel(asked.structural[:, :3], fit.structural[:, :3], gamma=0.5))
 
-    mean = ln_price.mean()
-    model = KernelRidge(alpha=0.05, kernel="precomputed").fit(similarity(fit), ln_price - mean)
-    return mean + np.concatenate(
-        [
-            model.predict(similarity(apply[np.arange(start, min(start + 2048, len(apply.structural)))]))
-            for start in range(0, len(apply.structural), 2048)
-        ]
-    )
+def boosted(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
+    """Kernel, then trees on its errors."""
+    import lightgbm as lgb
+
+    left_out, predicted = kernel_prices(settings, fit, ln_price, apply)
+    correction = np.zeros(len(predicted))
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        trees = lgb.LGBMRegressor(
+            objective="regression_l1", n_estimators=settings.trees // 2, learning_rate=0.02, num_leaves=12,
+            min_child_samples=40, colsample_bytree=0.2, subsample=0.7, subsample_freq=1, reg_lambda=5.0,
+            random_state=seed, n_jobs=OMP_THREADS, verbose=-1,
+        )  # fmt: skip
+        trees.fit(np.column_stack([left_out, fit.structural]), ln_price - left_out)
+        correction += trees.predict(np.column_stack([predicted, apply.structural])) / settings.seeds
+    return predicted + correction
+
+
+def mlp_on_kernel(
+    settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features
+) -> np.ndarray:
+    """The network with the kernel's price as one more column, twice as strong as the others."""
+    mean, deviation = ln_price.mean(), ln_price.std()
+
+    def with_price(features: Features, by_kernel: np.ndarray) -> Features:
+        column = 2 * (by_kernel[:, None] - mean) / deviation
+        return replace(features, structural=np.hstack([features.structural, column]).astype(np.float32))
+
+    left_out, predicted = kernel_prices(settings, fit, ln_price, apply)
+    return mlp(settings, with_price(fit, left_out), ln_price, with_price(apply, predicted))
 
 
 def neighbours(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
@@ -97,15 +113,19 @@ def neighbour_features(
 
 
 def lightgbm(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
-    """Gradient boosting on SVD, amounts and the prices of similar products; each seed draws its own columns."""
+    """Gradient boosting on an SVD of terms and meanings, amounts and the prices of similar products; each seed draws
+    its own columns."""
     import lightgbm as lgb
     from sklearn.decomposition import TruncatedSVD
 
-    svd = TruncatedSVD(settings.svd, random_state=settings.seed).fit(fit.terms)
+    def content(features: Features) -> sparse.csr_matrix:
+        return sparse.hstack([features.terms, *map(sparse.csr_matrix, features.meanings)], format="csr")
+
+    svd = TruncatedSVD(settings.svd, random_state=settings.seed).fit(content(fit))
 
     def columns(features: Features, skip_self: bool) -> np.ndarray:
         similar = neighbour_features(fit, ln_price, features, skip_self=skip_self)
-        return np.hstack([svd.transform(features.terms), features.dense, similar])
+        return np.hstack([svd.transform(content(features)), features.structural, similar])
 
     fit_columns, apply_columns = columns(fit, True), columns(apply, False)
     predictions = []
@@ -113,7 +133,7 @@ def lightgbm(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply
         model = lgb.LGBMRegressor(
             objective="regression_l1", n_estimators=settings.trees, learning_rate=0.03, num_leaves=31,
             min_child_samples=20, colsample_bytree=0.3, subsample=0.8, subsample_freq=1, reg_lambda=1.0,
-            random_state=seed, verbose=-1,
+            random_state=seed, n_jobs=OMP_THREADS, verbose=-1,
         )  # fmt: skip
         predictions.append(model.fit(fit_columns, ln_price).predict(apply_columns))
     return np.mean(predictions, axis=0)
@@ -127,6 +147,6 @@ def mlp(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Fea
 
 
 MODELS: dict[str, FitPredict] = {
-    "ridge": ridge, "kernel": kernel, "lightgbm": lightgbm, "neighbours": neighbours,
-    "mlp": mlp, "mlp_distribution": mlp,
+    "ridge": ridge, "kernel": kernel, "boosted": boosted, "lightgbm": lightgbm, "neighbours": neighbours,
+    "mlp": mlp, "mlp_on_kernel": mlp_on_kernel, "mlp_distribution": mlp,
 }  # fmt: skip

@@ -44,6 +44,7 @@ def test_contributions_sum_to_the_price_difference(explainer):
     attribution = explainer.attribute(rows)
     difference = attribution.predicted - attribution.baseline
     total = np.asarray(attribution.terms.sum(axis=1))[:, 0] + attribution.structural.sum(axis=1)
+    total += attribution.meanings.sum(axis=1)
     assert np.abs(difference).mean() > 0.2
     np.testing.assert_allclose(total, difference, rtol=0.01, atol=0.01 * np.abs(difference).mean())
     features = explainer.catalogue.features["train"][rows]
@@ -56,7 +57,7 @@ def test_attributions_are_the_integral_of_the_gradients(explainer):
     features = explainer.catalogue.features["train"][explainer.rows[:4]]
     network, steps = replace(explainer.networks[0], scale=2.0), 640  # prices twice as far apart
     attribution = integrated_gradients(network, features, explainer.baseline)
-    terms, structural = torch.from_numpy(features.terms.toarray()), torch.from_numpy(features.structural)
+    terms, structural = torch.from_numpy(features.terms.toarray()), torch.from_numpy(features.dense)
     start, mlp = torch.from_numpy(explainer.baseline), network.network
     of_terms, of_structural = torch.zeros_like(terms), torch.zeros_like(structural)
     for alpha in (torch.arange(steps) + 0.5) / steps:
@@ -66,7 +67,10 @@ def test_attributions_are_the_integral_of_the_gradients(explainer):
         of_terms += by_x * terms / steps
         of_structural += by_s * (structural - start) / steps
     np.testing.assert_allclose(attribution.terms.toarray(), of_terms, atol=2e-3)
-    np.testing.assert_allclose(attribution.structural, of_structural, atol=2e-3)
+    columns = attribution.structural.shape[1]
+    np.testing.assert_allclose(attribution.structural, of_structural[:, :columns], atol=2e-3)
+    first_view = of_structural[:, columns:][:, : features.meanings[0].shape[1]]
+    np.testing.assert_allclose(attribution.meanings[:, 0], first_view.sum(dim=1), atol=2e-3)
     assert of_terms.abs().max() > 0.05 and of_structural.abs().max() > 0.05
 
 
@@ -75,7 +79,9 @@ def test_effects_of_a_product_lose_nothing(explainer):
     attribution, table = explainer.attribute(rows), explainer.table(rows)
     for row in range(len(rows)):
         frame = effects(catalogue, table.iloc[row], attribution, row)
-        total = attribution.terms[row].sum() + attribution.structural[row].sum()
+        total = (
+            attribution.terms[row].sum() + attribution.structural[row].sum() + attribution.meanings[row].sum()
+        )
         assert frame["contribution"].sum() == pytest.approx(total, abs=1e-9)
         pieces = catalogue.names.group[attribution.terms[row].indices] == "title pieces"
         of_pieces = frame.loc[frame["group"] == "title pieces", "contribution"].sum()
@@ -158,7 +164,7 @@ def test_a_planted_word_is_found(planted):
     assert (words["rows"] >= 20).all() and words["ln_price"].is_monotonic_decreasing
     groups = pd.read_csv(folder / "groups.csv")
     assert set(groups["group"]) == {
-        "title words", "text words", "word pairs", "title pieces", "words by amount", "amounts", "lengths",
+        "title words", "text words", "word pairs", "title pieces", "words by amount", "meanings", "amounts", "lengths",
     }  # fmt: skip
     assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
 
@@ -193,7 +199,7 @@ def test_named_products_of_train_and_test(planted):
         f"{ids[1]}.png",
         "a%2Fb%20%241.png",
     }
-    assert set(pd.read_csv(folder / f"{ids[1]}.csv")["group"]) == {"amounts", "lengths"}
+    assert set(pd.read_csv(folder / f"{ids[1]}.csv")["group"]) == {"amounts", "lengths", "meanings"}
 
 
 def test_senseless_requests_are_refused(planted, monkeypatch):

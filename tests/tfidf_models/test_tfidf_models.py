@@ -10,8 +10,8 @@ from contracts.splits import fitted_on, fitted_out_of_fold, roles, split_hash
 from contracts.workspace import Workspace
 from tfidf_models import train
 from tfidf_models.config import TfidfSettings
-from tfidf_models.features import Features, add_embeddings, build_features
-from tfidf_models.models import MODELS, neighbour_features
+from tfidf_models.features import add_embeddings, build_features
+from tfidf_models.models import MODELS, kernel_prices, neighbour_features
 from tfidf_models.sparse_mlp import PriceBins, SparseMlp, as_tensors
 
 
@@ -42,6 +42,8 @@ def test_each_model_learns_and_prices_every_row_out_of_fold(workspace, model):
         "12",
         "--svd",
         "32",
+        "--kernel-steps",
+        "30",
     ]
     score = train.main([*flags, "--lr", "5e-3"])["smape"]
     table = workspace.prepared("train")
@@ -53,11 +55,13 @@ def test_each_model_learns_and_prices_every_row_out_of_fold(workspace, model):
         assert np.isfinite(predictions["log_price"].astype(float)).all()
 
 
-def test_a_rows_own_price_never_reaches_its_prediction(workspace):
+@pytest.mark.parametrize("model", ["ridge", "boosted", "mlp_on_kernel"])
+def test_a_rows_own_price_never_reaches_its_prediction(workspace, model):
     """Change the prices of one hold-out: its own predictions stay, those of others move."""
-    flags = ["--workspace", str(workspace.root), "--model", "ridge"]
+    flags = ["--workspace", str(workspace.root), "--model", model, "--seeds", "1"]
+    flags += ["--kernel-steps", "3", "--epochs", "2"]
     train.main(flags)
-    path = workspace.path("predictions", name="tfidf_ridge", split="train")
+    path = workspace.path("predictions", name=f"tfidf_{model}", split="train")
     before = read_table(path)["log_price"].astype(float)
     prepared = workspace.path("prepared", split="train")
     table = workspace.prepared("train")
@@ -68,6 +72,17 @@ def test_a_rows_own_price_never_reaches_its_prediction(workspace):
     after = read_table(path)["log_price"].astype(float)
     np.testing.assert_allclose(after[asked], before[asked], rtol=1e-6)
     assert (after[~asked] - before[~asked]).abs().max() > 0.1
+
+
+def test_a_second_model_learns_from_prices_by_other_rows_only(tables):
+    """Were the kernel's fit of a row's own price shown, it would correlate with the price far beyond other rows'."""
+    features, _ = build_features(*tables)
+    shuffled = np.random.default_rng(0).permutation(np.log(tables[0]["price"].to_numpy()))
+    fit, apply = features[np.arange(300)], features[np.arange(300, 400)]
+    settings = TfidfSettings(model="boosted", kernel_steps=5)
+    left_out, predicted = kernel_prices(settings, fit, shuffled[:300], apply)
+    assert np.corrcoef(left_out, shuffled[:300])[0, 1] < 0.2  # prices without meaning cannot be foreseen
+    assert len(predicted) == 100
 
 
 def test_vocabulary_comes_from_training_texts(tables):
@@ -111,9 +126,9 @@ def test_batch_of_rows_equals_the_dense_product(tables):
     features, _ = build_features(*tables)
     rows = features[np.arange(7)]
     torch.manual_seed(0)
-    model = SparseMlp(terms=rows.terms.shape[1], structural=rows.structural.shape[1], hidden=8, outputs=2)
+    model = SparseMlp(terms=rows.terms.shape[1], structural=rows.dense.shape[1], hidden=8, outputs=2)
     dense = torch.from_numpy(rows.terms.toarray()) @ model.terms.weight + model.structural(
-        torch.from_numpy(rows.structural)
+        torch.from_numpy(rows.dense)
     )
     torch.testing.assert_close(model(*as_tensors(rows)), model.layers(dense), rtol=1e-4, atol=1e-5)
 
@@ -150,46 +165,16 @@ def test_an_out_of_fold_embedding_helps_and_a_leaked_one_is_refused(workspace):
         train.main([*flags, "--embeddings", "encoder"])
 
 
-def test_nameless_columns_share_the_strength_of_two_and_named_ones_are_structural(workspace, tables):
+def test_nameless_columns_are_a_view_of_unit_rows_and_named_ones_are_structural(workspace, tables):
     rng = np.random.default_rng(0)
     for split, rows in (("train", len(workspace.prepared("train"))), ("test", 60)):
         write_columns(workspace, split, rng.normal(3, 5, size=(rows, 51)), fitted_on(encoder_folds=()))
     plain = dict(zip(("train", "test"), build_features(*tables), strict=True))
     train_features = add_embeddings(plain, workspace, ("encoder",))["train"]
-    assert train_features.embedding.shape[1] == 50
-    np.testing.assert_allclose((train_features.embedding.std(axis=0) ** 2).sum(), 2, rtol=1e-4)
+    *known, view = train_features.meanings
+    assert len(known) == len(plain["train"].meanings)
+    assert view.shape[1] == 50
+    np.testing.assert_allclose(np.linalg.norm(view, axis=1), 1, rtol=1e-4)
+    assert np.abs(view.mean()) < 0.01  # centred: written around 3
     named = train_features.structural[:, plain["train"].structural.shape[1] :]
     np.testing.assert_allclose([named.std(), np.abs(named.mean())], [1, 0], atol=1e-4)
-
-
-def test_kernel_is_the_formula_of_its_docstring(tables):
-    """Against a plain double loop on a few rows."""
-    features, _ = build_features(*tables)
-    rng = np.random.default_rng(0)
-    features = Features(features.terms, features.structural, rng.normal(size=(400, 5)).astype(np.float32))
-    fit, apply = features[np.arange(40)], features[np.arange(40, 45)]
-    ln_price = rng.normal(2, 1, size=40)
-
-    def cosine(a, b):
-        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
-
-    def k(one, i, other, j):
-        terms = cosine(one.terms[[i]].toarray()[0], other.terms[[j]].toarray()[0])
-        embedding = cosine(one.embedding[i], other.embedding[j])
-        distance = ((one.structural[i, :3] - other.structural[j, :3]) ** 2).sum()
-        amount = 0.6 + 0.4 * np.exp(-distance / 2)
-        return amount * (np.exp((terms - 1) / 1.5) + 0.3 * np.exp((embedding - 1) / 0.5))
-
-    gram = np.array([[k(fit, i, fit, j) for j in range(40)] for i in range(40)])
-    asked = np.array([[k(apply, i, fit, j) for j in range(40)] for i in range(5)])
-    weights = np.linalg.solve(gram + 0.05 * np.eye(40), ln_price - ln_price.mean())
-    expected = ln_price.mean() + asked @ weights
-    predicted = MODELS["kernel"](TfidfSettings(model="kernel"), fit, ln_price, apply)
-    np.testing.assert_allclose(predicted, expected, atol=1e-3)
-
-
-def test_kernel_refuses_more_rows_than_fit_in_memory(tables, monkeypatch):
-    features, _ = build_features(*tables)
-    monkeypatch.setattr("tfidf_models.models.LARGEST_KERNEL", 300)
-    with pytest.raises(InputError, match="400 rows"):
-        MODELS["kernel"](TfidfSettings(model="kernel"), features, np.zeros(400), features)

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from tfidf_models.features import WORD
@@ -61,15 +62,31 @@ def test_views_know_the_words_of_the_test_table(texts):
     assert drink @ tool < 0  # topics part what no price has said
 
 
-def test_common_topics_do_not_drown_rare_ones():
+def test_topics_are_the_formula():
+    """Against numpy's decomposition; the sign of a dimension is free, cosines of rows are not."""
     rng = np.random.default_rng(0)
-    counts = np.abs(rng.normal(size=(50, 12)) * np.r_[np.full(6, 5.0), np.full(6, 0.5)])
-    import scipy.sparse as sparse
+    counts = np.abs(rng.normal(size=(50, 12))) * np.r_[np.full(6, 5.0), np.full(6, 0.5)]
+    view = topics(sparse.csr_matrix(counts))
+    u, strength, _ = np.linalg.svd(counts, full_matrices=False)
+    found = (u * strength)[:, :11]
+    expected = found / np.sqrt(found.std(axis=0))
+    expected -= expected.mean(axis=0)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(view @ view.T, expected @ expected.T, atol=0.02)
 
-    view = topics(sparse.csr_matrix(counts.astype(np.float32)))
-    plain = np.linalg.svd(counts, full_matrices=False)
-    spread = (plain.U * plain.S)[:, :11].std(axis=0)
-    assert view.std(axis=0)[1] / view.std(axis=0)[10] < spread[1] / spread[10]
+
+def test_word_vectors_are_the_formula():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 30, size=(12, 12)).astype(float)
+    counts += counts.T
+    sums = counts.sum(axis=1)
+    with np.errstate(divide="ignore"):
+        information = np.log(counts * (sums**0.75).sum() / np.outer(sums, sums**0.75))
+    _, strength, right = np.linalg.svd(np.maximum(information, 0))
+    expected = right[:11].T * np.sqrt(strength[:11])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    vectors = word_vectors(sparse.csr_matrix(counts))
+    np.testing.assert_allclose(vectors @ vectors.T, expected @ expected.T, atol=0.02)
 
 
 def test_rows_of_unknown_words_stay_zero_and_out_of_the_mean():

@@ -4,7 +4,9 @@
 
 efficiency = time of one / (2 × time of two), for the same rows and the same updates. Timed is the work alone: an
 extraction from dealing the shards to the joined file, a training the epochs after the first, evaluation included;
-starting Python, importing and loading are not.
+starting Python, importing and loading are not. Gradients cross once an update, so the size of the model and of the
+update decide: trained are all-MiniLM-L6-v2 with LoRA (--encoder), an open_clip architecture, and the specified fusion
+at a batch of 1024.
 """
 
 from __future__ import annotations
@@ -20,16 +22,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.growth import encoders, write_random_embeddings
+from benchmarks.growth import encoders, write_catalogue, write_random_embeddings
 from benchmarks.measure import RESULTS, report
 from contracts.embeddings import ShardedExtraction
 from contracts.errors import run_entry_point
 from contracts.files import read_json, write_json
 from contracts.runs import RunFolder
 from contracts.settings import parse_settings
+from data import prepare
 
 EXTRACTED = "two_processes"
-"""name of the embedding file, so that the inputs of fusion stay"""
+"""name of the embedding file"""
 
 
 @dataclass
@@ -37,10 +40,16 @@ class TwoProcessesSettings:
     quick: bool = False
     """small tables and one round: does it run?"""
     rows: int = 10_000
-    """rows to embed"""
-    train_rows: int = 3_000
-    """rows of the training table"""
-    epochs: int = 4
+    """rows to embed, with tiny encoders"""
+    train_rows: int = 600
+    """rows of the table that encoders are trained on"""
+    fusion_rows: int = 20_000
+    """rows of the table that fusion is trained on"""
+    encoder: str = ""
+    """folder or hub id of the text encoder to train; empty: the tiny one, all weights"""
+    clip: str = "ViT-S-32"
+    """architecture of the CLIP to train, with random weights"""
+    epochs: int = 2
     """epochs of a training; the first is not timed"""
     rounds: int = 3
     """times that each measurement is made; the median counts"""
@@ -61,18 +70,22 @@ class Contest:
     flags: Sequence[str]
     alone: Sequence[str] = ()
     shared: Sequence[str] = ()
+    of_fusion: bool = False
+    """reads the workspace with embeddings in place of encoders"""
 
 
-def contests(epochs: int) -> list[Contest]:
-    train = ["--preset", "tiny", "--epochs", str(epochs)]
+def contests(settings: TwoProcessesSettings) -> list[Contest]:
+    epochs = ["--epochs", str(settings.epochs)]
+    tiny = ["--preset", "tiny", *epochs]
+    lora = ["--model", settings.encoder, "--no-random-weights", "--train", "lora"] if settings.encoder else []
     return [
         # the devices share the batches of an update
-        Contest("qwen3_finetune training", "qwen3_finetune.train", [*train, "--batch-size", "32"],
+        Contest("qwen3_finetune training", "qwen3_finetune.train", [*tiny, *lora, "--batch-size", "32"],
                 alone=["--grad-accum", "2"], shared=["--grad-accum", "1"]),
         # an update's pictures are dealt to the processes
-        Contest("clip_finetune training", "clip_finetune.train", train,
+        Contest("clip_finetune training", "clip_finetune.train", [*tiny, "--model", settings.clip],
                 alone=["--batch-size", "64"], shared=["--batch-size", "32"]),
-        Contest("fusion training", "fusion.all_embeddings.train", ["--epochs", str(epochs)]),
+        Contest("fusion training", "fusion.all_embeddings.train", [*epochs, "--batch-size", "1024"], of_fusion=True),
         Contest("qwen3_finetune extraction", "qwen3_finetune.extract_embeddings", ["test", "--name", EXTRACTED]),
         Contest("clip_finetune extraction", "clip_finetune.extract_embeddings", ["test", "--name", EXTRACTED]),
     ]  # fmt: skip
@@ -127,18 +140,23 @@ def main(argv: list[str] | None = None) -> None:
         return
     settings = parse_settings(TwoProcessesSettings, argv, description=__doc__.split("\n")[0])
     if settings.quick:
-        settings.rows, settings.train_rows, settings.epochs, settings.rounds = 600, 300, 2, 1
+        settings.rows, settings.train_rows, settings.fusion_rows, settings.rounds = 600, 300, 2000, 1
+        settings.clip = "tiny"
     rows = []
     with tempfile.TemporaryDirectory(prefix="two_processes") as folder:
-        encoders(Path(folder), settings.train_rows, settings.rows, settings.data)
-        write_random_embeddings(Path(folder), width=256)
-        for contest in contests(settings.epochs):
+        with_encoders, of_fusion = Path(folder, "encoders"), Path(folder, "fusion")
+        encoders(with_encoders, settings.train_rows, settings.rows, settings.data)
+        write_catalogue(of_fusion / "catalogue", settings.fusion_rows, 100, settings.data)
+        prepare.main(["--data", str(of_fusion / "catalogue"), "--workspace", str(of_fusion)])
+        write_random_embeddings(of_fusion, width=1024)
+        for contest in contests(settings):
+            workspace = of_fusion if contest.of_fusion else with_encoders
             if settings.work and contest.name not in settings.work:
                 continue
             seconds: dict[int, list[float]] = {1: [], 2: []}
             for _ in range(settings.rounds):  # in turns: a machine that slows down slows both
                 for processes, found in seconds.items():
-                    found.append(run(contest, Path(folder), processes))
+                    found.append(run(contest, workspace, processes))
             one, two = (statistics.median(found) for found in seconds.values())
             rows.append(
                 {"work": contest.name, "seconds_one": one, "seconds_two": two, "efficiency": one / (2 * two)}

@@ -83,7 +83,7 @@ def contests(settings: TwoProcessesSettings) -> list[Contest]:
         Contest("qwen3_finetune training", "qwen3_finetune.train", [*tiny, *lora, "--batch-size", "32"],
                 alone=["--grad-accum", "2"], shared=["--grad-accum", "1"]),
         # an update's pictures are dealt to the processes
-        Contest("clip_finetune training", "clip_finetune.train", [*tiny, "--model", settings.clip],
+        Contest("clip_finetune training", "clip_finetune.train", [*tiny, "--model", settings.clip, "--random-weights"],
                 alone=["--batch-size", "64"], shared=["--batch-size", "32"]),
         Contest("fusion training", "fusion.all_embeddings.train", [*epochs, "--batch-size", "1024"], of_fusion=True),
         Contest("qwen3_finetune extraction", "qwen3_finetune.extract_embeddings", ["test", "--name", EXTRACTED]),

@@ -5,7 +5,7 @@
 efficiency = time of one / (2 × time of two), for the same rows and the same updates. Timed is the work alone: an
 extraction from dealing the shards to the joined file, a training the epochs after the first, evaluation included;
 starting Python, importing and loading are not. Gradients cross once an update, so the size of the model and of the
-update decide: trained are all-MiniLM-L6-v2 with LoRA (--encoder), an open_clip architecture, and the specified fusion
+update decide: trained are all-MiniLM-L6-v2 with LoRA (--encoder), CLIP (--clip), and the specified fusion
 at a batch of 1024.
 """
 
@@ -47,7 +47,7 @@ class TwoProcessesSettings:
     """rows of the table that fusion is trained on"""
     encoder: str = ""
     """folder or hub id of the text encoder to train; empty: the tiny one, all weights"""
-    clip: str = "ViT-S-32"
+    clip: str = "tiny"
     """architecture of the CLIP to train, with random weights"""
     epochs: int = 2
     """epochs of a training; the first is not timed"""
@@ -141,7 +141,6 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(TwoProcessesSettings, argv, description=__doc__.split("\n")[0])
     if settings.quick:
         settings.rows, settings.train_rows, settings.fusion_rows, settings.rounds = 600, 300, 2000, 1
-        settings.clip = "tiny"
     rows = []
     with tempfile.TemporaryDirectory(prefix="two_processes") as folder:
         with_encoders, of_fusion = Path(folder, "encoders"), Path(folder, "fusion")

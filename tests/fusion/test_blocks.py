@@ -178,7 +178,7 @@ def test_mixture_equals_a_plain_loop_over_experts(experts, d_out):
 
 def test_product_per_expert_equals_the_batched_product_and_its_gradients():
     torch.manual_seed(0)
-    bias, weight, x = (torch.randn(*shape).double() for shape in ((3, 1, 4), (3, 6, 4), (5, 6)))
+    bias, weight, x = (torch.randn(*shape).double() for shape in ((3, 1, 4), (3, 6, 4), (70, 6)))
     inputs = [tensor.requires_grad_() for tensor in (bias, x, weight)]
     results = []
     for product in (expert_products, torch.baddbmm):

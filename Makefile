@@ -78,8 +78,9 @@ ablation: .venv/installed
 # Every benchmark that fits this machine; the GPU rows are the same scripts with --device cuda.
 bench: .venv/installed-dev
 	set -e; for row in fusion_training fusion_batches fusion_inference embeddings_reading image_extraction \
-		qwen_finetuning growth two_processes; do $(RUN) -m benchmarks.$$row; done
+		qwen_finetuning growth; do $(RUN) -m benchmarks.$$row; done
 	$(RUN) -m benchmarks.text_extraction --model "$(MINILM)"
+	$(RUN) -m benchmarks.two_processes --encoder "$(MINILM)"
 
 MATCH := demo/matching
 MATCH_MODEL ?= sentence-transformers/all-MiniLM-L6-v2

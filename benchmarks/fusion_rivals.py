@@ -12,7 +12,6 @@ from itertools import islice
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -67,24 +66,6 @@ class PlainBranch(EmbeddingBranch):
         return zero_missing(self.layers(self.scale * zero_missing(embedding, valid)), valid)
 
 
-class PlainMixture(LinearExperts):
-    """The mixture as a list of experts, each a stack of Linear, GELU and dropout."""
-
-    def __init__(self, mixture: MixtureOfExperts):
-        super().__init__(mixture)
-        self.dropout = nn.Dropout(mixture.dropout.p)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate = self.gate(x).softmax(dim=-1)
-        outputs = []
-        for *hidden, last in self.experts:
-            h = x
-            for linear in hidden:
-                h = self.dropout(F.gelu(linear(h)))
-            outputs.append(last(h))
-        return torch.einsum("be,ebo->bo", gate, torch.stack(outputs)), gate
-
-
 def with_plain_layers(model: nn.Module) -> nn.Module:
     """The same model, in place, as one would write it first: without the fast paths of `fusion.blocks`."""
     plain = {Dropout: nn.Dropout, EmbeddingBranch: PlainBranch}
@@ -92,7 +73,7 @@ def with_plain_layers(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, MixtureOfExperts):
                 with torch.no_grad():
-                    setattr(module, name, PlainMixture(child))
+                    setattr(module, name, LinearExperts(child))
         module.__class__ = plain.get(type(module), type(module))
     return model
 

@@ -30,11 +30,11 @@ class FoldedBranch(nn.Module):
 
 
 class LinearExperts(nn.Module):
-    """A MixtureOfExperts with one Linear per expert and layer instead of stacked weights, for prediction only."""
+    """A copy of a MixtureOfExperts with one Linear per expert and layer instead of stacked weights."""
 
     def __init__(self, mixture: MixtureOfExperts):
         super().__init__()
-        self.gate = mixture.gate
+        self.gate, self.dropout = mixture.gate, nn.Dropout(mixture.dropout.p)
         self.experts = nn.ModuleList(
             nn.ModuleList(
                 _linear(weight[expert], bias[expert, 0])
@@ -49,7 +49,7 @@ class LinearExperts(nn.Module):
         for *hidden, last in self.experts:
             h = x
             for linear in hidden:
-                h = F.gelu(linear(h))
+                h = self.dropout(F.gelu(linear(h)))
             outputs.append(last(h))
         return torch.einsum("be,ebo->bo", gate, torch.stack(outputs)), gate
 

@@ -183,6 +183,7 @@ def test_product_per_expert_equals_the_batched_product_and_its_gradients():
     results = []
     for product in (expert_products, torch.baddbmm):
         out = product(bias, x.expand(3, -1, -1), weight)
+        assert ("ProductPerExpert" in out.grad_fn.name()) == (product is expert_products)
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for ours, batched in zip(*results, strict=True):
         torch.testing.assert_close(ours, batched)

@@ -34,7 +34,7 @@ def random_table(rows: int, seed: int = 0) -> FusionTable:
         log_price += 0.5 * matrix @ (torch.randn(width, generator=generator) / width**0.5)
         embeddings[name] = matrix
     price = np.expm1(log_price.clamp(min=0.1).double().numpy())
-    return FusionTable(pd.DataFrame({"price": price}), embeddings, valid)
+    return FusionTable.of(pd.DataFrame({"price": price}), embeddings, valid)
 
 
 class RowDicts(Dataset):

@@ -97,7 +97,7 @@ def attention_flops(config, lengths: np.ndarray, causal: bool) -> float:
 
 def qwen_settings(settings: TextExtractionSettings, device: torch.device) -> QwenSettings:
     from qwen3_finetune.config import QwenSettings
-    from qwen3_finetune.model import resolve
+    from qwen3_finetune.encoder import resolve
 
     stage = QwenSettings(
         model=settings.model, tokenizer=settings.tokenizer, random_weights=settings.random_weights,
@@ -190,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from benchmarks.measure import gemm_rate, interleave, report
     from qwen3_finetune.data import Tokenize, train_tokenizer
-    from qwen3_finetune.model import architecture, build_model, load_tokenizer
+    from qwen3_finetune.encoder import architecture, load_tokenizer
+    from qwen3_finetune.model import build_model
 
     logging.set_verbosity_error()  # transformers lists the pooler that sentence-transformers does not use either
     device = choose_device(settings.device)

@@ -1,14 +1,14 @@
 """A table of products as tensors: every embedding joined by sample_id, with a mask of what is there.
 
-The matrices stay whole, on the training device: a step picks its rows with index_select, so nothing is copied,
-collated or sent while training runs.
+All embeddings lie side by side in one matrix on the training device: a step picks its rows with one index_select, and
+nothing is collated or sent while training runs.
 
 Legend: N catalogue rows, M modalities, D_in encoder width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +27,34 @@ from contracts.workspace import Workspace
 class FusionTable:
     rows: pd.DataFrame
     """the prepared table, N rows; `fold` joined in train"""
-    embeddings: dict[str, Tensor]
-    """(N, D_in) float32 a modality; zero where not valid"""
+    matrix: Tensor
+    """(N, ΣD_in) float32, the embeddings side by side; zero where not valid"""
+    widths: dict[str, int]
+    """D_in of each modality, in the order of the matrix"""
     valid: Tensor
-    """(N, M) bool, columns in the order of `embeddings`"""
+    """(N, M) bool, in the same order"""
     meta: dict[str, dict] = field(default_factory=dict)
     """meta of each embedding file that was read"""
 
+    @classmethod
+    def of(
+        cls,
+        rows: pd.DataFrame,
+        embeddings: dict[str, Tensor],
+        valid: Tensor,
+        meta: dict[str, dict] | None = None,
+    ) -> FusionTable:
+        """From one (N, D_in) matrix a modality."""
+        widths = {name: embedding.shape[1] for name, embedding in embeddings.items()}
+        return cls(rows, torch.cat(list(embeddings.values()), dim=1), widths, valid, meta or {})
+
     @property
-    def widths(self) -> dict[str, int]:
-        return {name: matrix.shape[1] for name, matrix in self.embeddings.items()}
+    def embeddings(self) -> dict[str, Tensor]:
+        """(N, D_in) a modality: columns of the matrix, not copies."""
+        return self._by_modality(self.matrix)
+
+    def _by_modality(self, matrix: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.widths, matrix.split(list(self.widths.values()), dim=1), strict=True))
 
     @property
     def log_price(self) -> Tensor:
@@ -49,17 +67,15 @@ class FusionTable:
 
     def coverage(self) -> str:
         """How many rows have each embedding, for people."""
-        counts = zip(self.embeddings, self.valid.sum(0).tolist(), strict=True)
+        counts = zip(self.widths, self.valid.sum(0).tolist(), strict=True)
         return f"{len(self.rows)} rows: " + ", ".join(f"{name} {count}" for name, count in counts)
 
     def take(self, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Embeddings and mask of some rows."""
-        picked = {name: matrix.index_select(0, index) for name, matrix in self.embeddings.items()}
-        return picked, self.valid.index_select(0, index)
+        return self._by_modality(self.matrix.index_select(0, index)), self.valid.index_select(0, index)
 
     def to(self, device: torch.device) -> FusionTable:
-        moved = {name: matrix.to(device) for name, matrix in self.embeddings.items()}
-        return FusionTable(self.rows, moved, self.valid.to(device), self.meta)
+        return replace(self, matrix=self.matrix.to(device), valid=self.valid.to(device))
 
 
 def embedding_files(workspace: Workspace, split: str, names: tuple[str, ...]) -> list[Path]:
@@ -67,7 +83,11 @@ def embedding_files(workspace: Workspace, split: str, names: tuple[str, ...]) ->
 
 
 def load_table(
-    workspace: Workspace, split: str, modalities: tuple[str, ...], use: tuple[str, ...] = ()
+    workspace: Workspace,
+    split: str,
+    modalities: tuple[str, ...],
+    use: tuple[str, ...] = (),
+    trained_widths: dict[str, int] | None = None,
 ) -> FusionTable:
     """Read the prepared table and its embeddings.
 
@@ -75,6 +95,7 @@ def load_table(
         modalities: the model's inputs, in its order.
         use: those to read; empty means all. One that is left out needs no file: its rows are invalid, and
             where the file exists its width is kept, so that parameter counts compare.
+        trained_widths: what a trained model expects of those that are left out.
 
     Raises:
         InputError: an unknown name in `use`, a missing or damaged file, a file of other rows or another split.
@@ -94,7 +115,7 @@ def load_table(
     for name in modalities:
         path = workspace.path("embeddings", name=name, split=split)
         if use and name not in use:
-            width = _recorded_width(path)
+            width = trained_widths[name] if trained_widths else _recorded_width(path)
             embeddings[name], is_valid = torch.zeros(len(rows), width), np.zeros(len(rows), bool)
         else:
             content = read_embeddings(path)
@@ -103,7 +124,7 @@ def load_table(
             embeddings[name], is_valid = torch.from_numpy(aligned.embeddings), aligned.valid
             metas[name] = content.meta
         valid.append(torch.from_numpy(is_valid))
-    return FusionTable(rows, embeddings, torch.stack(valid, dim=1), metas)
+    return FusionTable.of(rows, embeddings, torch.stack(valid, dim=1), metas)
 
 
 def _recorded_width(path: Path) -> int:

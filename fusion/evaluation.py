@@ -16,7 +16,7 @@ from fusion.dataset import FusionTable
 def modalities_present(table: FusionTable) -> np.ndarray:
     """Per row "text + image", "text only", "image only" or "nothing", (N,) str."""
     valid = table.valid.cpu().numpy()
-    is_image = np.array([name.endswith("image") for name in table.embeddings])
+    is_image = np.array([name.endswith("image") for name in table.widths])
     image, text = valid[:, is_image].any(axis=1), valid[:, ~is_image].any(axis=1)
     return np.select([text & image, text, image], ["text + image", "text only", "image only"], "nothing")
 

@@ -159,17 +159,17 @@ def load_for(
 
     Raises InputError where an embedding file has another width or another encoder than the model was trained on.
     """
-    table = load_table(workspace, split, modalities, trained.settings.use)
     expected = read_json(trained.folder / "inputs.json")
+    table = load_table(workspace, split, modalities, trained.settings.use, expected["widths"])
     for name, width in expected["widths"].items():
         path = workspace.path("embeddings", name=name, split=split)
-        if name not in table.meta:  # left out by --use: the placeholder may have another width
-            table.embeddings[name] = torch.zeros(len(table.rows), width)
-        elif table.widths[name] != width:
+        if name not in table.meta:  # left out by --use
+            continue
+        if table.widths[name] != width:
             raise InputError(
                 f"{path}: width {table.widths[name]}, but {trained.folder.name} was trained with {width}"
             )
-        elif table.meta[name]["checkpoint"] != expected["encoders"][name]:
+        if table.meta[name]["checkpoint"] != expected["encoders"][name]:
             raise InputError(
                 f"{path}: made by another encoder than the one {trained.folder.name} was trained on"
             )

@@ -38,7 +38,7 @@ def take_rows(table: FusionTable, rows: Tensor) -> FusionTable:
     """A table of only the rows at these positions."""
     embeddings, valid = table.take(rows.to(table.valid.device))
     frame = table.rows.iloc[rows.numpy()].reset_index(drop=True)
-    return FusionTable(frame, embeddings, valid, table.meta)
+    return FusionTable.of(frame, embeddings, valid, table.meta)
 
 
 def ln_price(trained: TrainedModel, table: FusionTable) -> np.ndarray:
@@ -67,20 +67,20 @@ def permuted(table: FusionTable, names: tuple[str, ...], order: Tensor) -> Fusio
     """Row i gets the embeddings `names` of row order[i], and with them whether they are there."""
     order, valid = order.to(table.valid.device), table.valid.clone()
     for name in names:
-        column = list(table.embeddings).index(name)
+        column = list(table.widths).index(name)
         valid[:, column] = table.valid[order, column]
     moved = {name: table.embeddings[name].index_select(0, order) for name in names}
-    return replace(table, embeddings=table.embeddings | moved, valid=valid)
+    return FusionTable.of(table.rows, table.embeddings | moved, valid, table.meta)
 
 
 def permuted_columns(table: FusionTable, name: str, count: int, generator: torch.Generator) -> FusionTable:
     """The last `count` columns of one embedding dealt out among the rows that have it."""
-    column = list(table.embeddings).index(name)
+    column = list(table.widths).index(name)
     rows = table.valid[:, column].nonzero()[:, 0]
     order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
-    matrix = table.embeddings[name].clone()
-    matrix[rows, -count:] = table.embeddings[name][order, -count:]
-    return replace(table, embeddings=table.embeddings | {name: matrix})
+    embedding = table.embeddings[name].clone()
+    embedding[rows, -count:] = table.embeddings[name][order, -count:]
+    return FusionTable.of(table.rows, table.embeddings | {name: embedding}, table.valid, table.meta)
 
 
 def permutation_importance(
@@ -132,7 +132,7 @@ def shapley_values(trained: TrainedModel, table: FusionTable) -> tuple[np.ndarra
     Returns:
         values (n, M), zero for a modality that the row lacks, and v(∅) (n,). values.sum(1) + v(∅) is ln price.
     """
-    players = len(table.embeddings)
+    players = len(table.widths)
     subsets = [subset for size in range(players + 1) for subset in combinations(range(players), size)]
     outcome = {}
     for subset in tqdm(subsets, desc="Shapley values", unit=" passes", leave=False):
@@ -194,7 +194,7 @@ def explain(
     print(importance.round(3).to_string(index=False))
 
     values, nothing = shapley_values(trained, chosen)
-    factors = pd.DataFrame(np.exp(values), columns=[f"factor_{modality}" for modality in table.embeddings])
+    factors = pd.DataFrame(np.exp(values), columns=[f"factor_{modality}" for modality in table.widths])
     frame = chosen.rows[["sample_id", "price"]].assign(
         predicted=np.exp(values.sum(axis=1) + nothing), nothing_known=np.exp(nothing)
     )
@@ -226,7 +226,7 @@ def plot_importance(path: Path, importance: pd.DataFrame, *, title: str) -> None
 
 def plot_product(path: Path, table: FusionTable, row: int, values: np.ndarray, nothing: float) -> None:
     """A waterfall in dollars on a log axis: each modality multiplies the price, the largest factor first."""
-    product, modalities = table.rows.iloc[row], list(table.embeddings)
+    product, modalities = table.rows.iloc[row], list(table.widths)
     # a missing modality moves nothing: it stands behind those that do
     order = sorted(range(len(modalities)), key=lambda m: (not table.valid[row, m], -abs(values[m])))
     names = [modalities[m] + ("" if table.valid[row, m] else " (missing)") for m in order]

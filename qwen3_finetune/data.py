@@ -7,6 +7,7 @@ plain truncation would drop them from just the texts that say most.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -207,19 +208,25 @@ def pad(tokens: Sequence[np.ndarray], *, pad_token: int, side: str) -> tuple[tor
 
 
 def training_batches(
-    lengths: np.ndarray, rows: np.ndarray, *, batch_size: int, seed: int, epoch: int
+    lengths: np.ndarray, rows: np.ndarray, *, batch_size: int, per_update: int, seed: int, epoch: int
 ) -> list[np.ndarray]:
     """Batches of row numbers in random order, each of texts of similar length; the same for the same seed and epoch.
 
-    Rows are shuffled, sorted by length within pools of 50 batches, cut, and the batches shuffled again.
+    Rows are shuffled, sorted by length within pools of about 50 batches, cut, and shuffled again: all `per_update`
+    batches of an update together, so that devices that share an update have equally much to do.
     """
     rng = np.random.default_rng([seed, epoch])
     rows = rng.permutation(rows)
+    pool_size = batch_size * per_update * math.ceil(50 / per_update)
     batches = []
-    for pool in np.split(rows, range(50 * batch_size, len(rows), 50 * batch_size)):
+    for pool in np.split(rows, range(pool_size, len(rows), pool_size)):
         pool = pool[np.argsort(lengths[pool], kind="stable")]
         batches += np.split(pool, range(batch_size, len(pool), batch_size))
-    return [batches[i] for i in rng.permutation(len(batches))]
+    updates = [batches[start : start + per_update] for start in range(0, len(batches), per_update)]
+    order = rng.permutation(len(updates))
+    # an incomplete update goes last: the others are cut from the list by counting
+    order = sorted(order, key=lambda update: len(updates[update]) < per_update)
+    return [batch for update in order for batch in updates[update]]
 
 
 def predictions_table(rows: TextRows, log_price: np.ndarray) -> pd.DataFrame:

@@ -54,7 +54,8 @@ class FinishedRun:
 
     def __init__(self, apply: ApplySettings):
         from contracts.torch_setup import choose_device, choose_dtype
-        from qwen3_finetune.model import build_model, load_tokenizer
+        from qwen3_finetune.encoder import load_tokenizer
+        from qwen3_finetune.model import build_model
 
         self.workspace = Workspace(apply.workspace)
         self.run = finished_folder(self.workspace, apply.run)

@@ -170,6 +170,7 @@ class Training:
             self.inputs.lengths,
             self.fit_rows,
             batch_size=settings.batch_size,
+            per_update=settings.grad_accum * devices,
             seed=settings.seed,
             epoch=epoch,
         )
@@ -254,7 +255,7 @@ def resume(run: RunFolder, model: PriceModel, optimizer: torch.optim.Optimizer) 
 
 def build_tokenizer(settings: QwenSettings, accelerator: Accelerator, run: RunFolder, fit_texts: list[str]):
     """The model's tokenizer; for random weights one that is trained on the fit rows and kept in the run folder."""
-    from qwen3_finetune.model import architecture, load_tokenizer
+    from qwen3_finetune.encoder import architecture, load_tokenizer
 
     if settings.tokenizer or not settings.random_weights:
         return load_tokenizer(settings.tokenizer or settings.model)
@@ -266,7 +267,7 @@ def build_tokenizer(settings: QwenSettings, accelerator: Accelerator, run: RunFo
 
 
 def describe(settings: QwenSettings, model: PriceModel, fold_roles: Roles, rows: TextRows) -> None:
-    from qwen3_finetune.model import lora_layers_and_weights
+    from qwen3_finetune.encoder import lora_layers_and_weights
 
     if settings.random_weights:
         print("random weights: a demonstration of this stage, not a pretrained encoder")
@@ -304,7 +305,7 @@ def train(settings: QwenSettings) -> None:
     guard_torchvision()
     from accelerate import Accelerator
 
-    from qwen3_finetune.model import resolve
+    from qwen3_finetune.encoder import resolve
 
     accelerator = Accelerator(
         mixed_precision=mixed_precision(settings.precision, device), cpu=device.type == "cpu"

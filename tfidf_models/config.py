@@ -18,8 +18,8 @@ class TfidfSettings:
     ] = "mlp"
     """ridge on TF-IDF; kernel: ridge in a learned similarity of words, meanings and amounts; boosted: kernel, then
     LightGBM on its errors; lightgbm on an SVD; neighbours: prices of similar products; mlp: sparse MLP with a SMAPE
-    loss; mlp_on_kernel: the same with the kernel's price as a column; mlp_distribution: the mlp over bins of log price,
-    from which the price with the lowest expected SMAPE is read."""
+    loss; mlp_on_kernel: the same with the kernel's price and the prices around it as columns; mlp_distribution: the
+    mlp over bins of log price, from which the price with the lowest expected SMAPE is read."""
     embeddings: tuple[str, ...] = ()
     """Embedding files to use beside the word counts, such as qwen_text; out of fold, or of a frozen encoder."""
     name: str = ""
@@ -39,7 +39,7 @@ class TfidfSettings:
     kernel_steps: int = 40
     """Steps in which the kernel's similarity is learned."""
     trees: int = 500
-    """Boosting rounds of LightGBM; half of them on the kernel's errors."""
+    """Boosting rounds of LightGBM."""
     svd: int = 128
     """Dimensions of the SVD that LightGBM sees."""
     seed: int = 0

@@ -7,12 +7,14 @@ forgive the amount while another asks for the same amount of something similar. 
 the SMAPE of leave-one-out predictions, which kernel ridge regression gives in closed form (Rasmussen & Williams 2006,
 "Gaussian processes for machine learning", equation 5.12), by gradient descent on two samples of rows in turn.
 
+A second model learns where this one errs, from its prices and from what similar products cost (`Estimate`).
+
 Legend: n fitted rows, m asked rows, C comparisons (blocks, views, amounts), G sums.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from contracts.errors import InputError
 from tfidf_models.config import TfidfSettings
 from tfidf_models.features import Features
+from tfidf_models.surroundings import surroundings
 
 LARGEST = 30_000  # rows: 3.6 GB a matrix, and three of them
 SUMS = 3
@@ -53,6 +56,17 @@ class Similarity:
         """(C, m, n) → (m, n) kernel."""
         exponent = -(self.rate.exp() @ differences.flatten(1)).unflatten(1, differences.shape[1:])
         return torch.einsum("g,gmn->mn", self.scale.exp(), exponent.exp())
+
+    def log(self, differences: Tensor) -> Tensor:
+        """(C, m, n) → (m, n) logarithm of the kernel as a share of its largest value."""
+        share = self(differences) / self.scale.exp().sum()
+        return share.clamp(min=torch.finfo(share.dtype).tiny).log()
+
+    def of_words(self, amounts: int) -> Similarity:
+        """The same without the last `amounts` comparisons."""
+        rate = self.rate.clone()
+        rate[:, -amounts:] = -torch.inf
+        return replace(self, rate=rate)
 
 
 def differences(asked: Features, fit: Features) -> Tensor:
@@ -103,16 +117,34 @@ def _with_noise(gram: Tensor, similarity: Similarity) -> Tensor:
 
 
 @dataclass
+class Estimate:
+    """What the kernel says of m rows; of fitted rows, by the other fitted rows alone."""
+
+    ln_price: np.ndarray
+    """(m,) float64"""
+    surroundings: np.ndarray
+    """(m, S) float32: the columns of `tfidf_models.surroundings` in the similarity of everything and in that of words
+    alone, the prices among them as differences from ln_price"""
+
+    @classmethod
+    def of(cls, ln_price: np.ndarray, near: Tensor) -> Estimate:
+        """near (m, 2, P, 4)"""
+        near = near.numpy()
+        near[..., :2] -= ln_price[:, None, None, None]
+        return cls(ln_price, near.reshape(len(near), -1))
+
+
+@dataclass
 class KernelModel:
     similarity: Similarity
     rows: Features
     """the n fitted rows"""
-    mean: float
-    """their mean ln price"""
+    ln_price: Tensor
+    """(n,) float32, theirs"""
     weights: Tensor
     """(n,) of the fitted rows in every prediction"""
-    left_out: np.ndarray
-    """(n,) ln price of each fitted row by all others"""
+    left_out: Estimate
+    """of the fitted rows"""
 
     @classmethod
     def fit(cls, settings: TfidfSettings, rows: Features, ln_price: np.ndarray) -> KernelModel:
@@ -125,21 +157,37 @@ class KernelModel:
             raise InputError(
                 f"--model {settings.model}: {len(ln_price)} rows, it holds at most {LARGEST} in memory"
             )
-        similarity, mean = learn(settings, rows, ln_price), float(ln_price.mean())
-        known = torch.from_numpy(ln_price - mean).float()
-        inverse = torch.linalg.inv(_with_noise(_kernel(similarity, rows, rows), similarity))
-        weights = inverse @ known
+        similarity, known = learn(settings, rows, ln_price), torch.from_numpy(ln_price).float()
+        gram, near = compare(similarity, rows, rows, known, leave_out_self=True)
+        inverse = torch.linalg.inv(_with_noise(gram, similarity))
+        weights = inverse @ (known - known.mean())
         left_out = ln_price - (weights / inverse.diagonal()).double().numpy()
-        return cls(similarity, rows, mean, weights, left_out)
+        return cls(similarity, rows, known, weights, Estimate.of(left_out, near))
 
-    def predict(self, asked: Features) -> np.ndarray:
-        """ln price, (m,) float64."""
-        return self.mean + (_kernel(self.similarity, asked, self.rows) @ self.weights).double().numpy()
+    def estimate(self, asked: Features) -> Estimate:
+        gram, near = compare(self.similarity, asked, self.rows, self.ln_price)
+        return Estimate.of((self.ln_price.mean() + gram @ self.weights).double().numpy(), near)
 
 
 @torch.no_grad()
-def _kernel(similarity: Similarity, asked: Features, fit: Features) -> Tensor:
-    """(m, n), compared in slabs."""
-    starts = range(0, len(asked.structural), SLAB)
-    slabs = [asked[np.arange(start, min(start + SLAB, len(asked.structural)))] for start in starts]
-    return torch.cat([similarity(differences(slab, fit)) for slab in slabs])
+def compare(
+    similarity: Similarity, asked: Features, fit: Features, ln_price: Tensor, *, leave_out_self: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Kernel (m, n), and surroundings (m, 2, P, 4) by everything and by words alone, in slabs of asked rows.
+
+    `leave_out_self` is for asked rows that are the fitted ones: none sees its own price in its surroundings.
+    """
+    of_words = similarity.of_words(len(fit.compared_amounts))
+    amount = torch.from_numpy(fit.structural[:, 0])
+    grams, near = [], []
+    for start in range(0, len(asked.structural), SLAB):
+        slab = np.arange(start, min(start + SLAB, len(asked.structural)))
+        compared = differences(asked[slab], fit)
+        logs = [by.log(compared) for by in (similarity, of_words)]
+        if leave_out_self:
+            for log in logs:
+                log[np.arange(len(slab)), slab] = -torch.inf
+        asked_amount = torch.from_numpy(asked.structural[slab, 0])
+        near.append(torch.stack([surroundings(log, ln_price, amount, asked_amount) for log in logs], dim=1))
+        grams.append(similarity(compared))
+    return torch.cat(grams), torch.cat(near)

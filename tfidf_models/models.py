@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sparse
 
 from tfidf_models.config import TfidfSettings
 from tfidf_models.features import Features
+
+if TYPE_CHECKING:
+    from tfidf_models.kernel import Estimate
 
 OMP_THREADS = (
     0  # LightGBM's word for as many as OpenMP may use; its default takes every core, whoever else is there
@@ -31,51 +35,55 @@ def ridge(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: F
 
 
 def kernel(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
-    return kernel_prices(settings, fit, ln_price, apply)[1]
+    return kernel_estimates(settings, fit, ln_price, apply)[1].ln_price
 
 
-def kernel_prices(
+def kernel_estimates(
     settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features
-) -> tuple[np.ndarray, np.ndarray]:
-    """ln price of each fitted row by all other fitted rows (n,), and of the rows asked for by all fitted ones (m,).
+) -> tuple[Estimate, Estimate]:
+    """The kernel's estimates of each fitted row by all other fitted rows, and of the rows asked for by all fitted ones.
 
     So a second model may learn from the first one's errors on the rows that both are fitted on.
     """
     from tfidf_models.kernel import KernelModel
 
     model = KernelModel.fit(settings, fit, ln_price)
-    return model.left_out, model.predict(apply)
+    return model.left_out, model.estimate(apply)
 
 
 def boosted(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
     """Kernel, then trees on its errors."""
     import lightgbm as lgb
 
-    left_out, predicted = kernel_prices(settings, fit, ln_price, apply)
-    correction = np.zeros(len(predicted))
+    def columns(features: Features, by_kernel: Estimate) -> np.ndarray:
+        return np.column_stack([by_kernel.ln_price, by_kernel.surroundings, features.structural])
+
+    left_out, predicted = kernel_estimates(settings, fit, ln_price, apply)
+    correction = np.zeros(len(predicted.ln_price))
     for seed in range(settings.seed, settings.seed + settings.seeds):
         trees = lgb.LGBMRegressor(
-            objective="regression_l1", n_estimators=settings.trees // 2, learning_rate=0.02, num_leaves=12,
+            objective="regression_l1", n_estimators=settings.trees, learning_rate=0.02, num_leaves=12,
             min_child_samples=40, colsample_bytree=0.2, subsample=0.7, subsample_freq=1, reg_lambda=5.0,
             random_state=seed, n_jobs=OMP_THREADS, verbose=-1,
         )  # fmt: skip
-        trees.fit(np.column_stack([left_out, fit.structural]), ln_price - left_out)
-        correction += trees.predict(np.column_stack([predicted, apply.structural])) / settings.seeds
-    return predicted + correction
+        trees.fit(columns(fit, left_out), ln_price - left_out.ln_price)
+        correction += trees.predict(columns(apply, predicted)) / settings.seeds
+    return predicted.ln_price + correction
 
 
 def mlp_on_kernel(
     settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features
 ) -> np.ndarray:
-    """The network with the kernel's price as one more column, twice as strong as the others."""
-    mean, deviation = ln_price.mean(), ln_price.std()
+    """The network with the kernel's price and the surroundings as more columns; the price twice as strong as others."""
+    left_out, predicted = kernel_estimates(settings, fit, ln_price, apply)
+    mean, deviation = left_out.surroundings.mean(axis=0), left_out.surroundings.std(axis=0) + 1e-6
 
-    def with_price(features: Features, by_kernel: np.ndarray) -> Features:
-        column = 2 * (by_kernel[:, None] - mean) / deviation
-        return replace(features, structural=np.hstack([features.structural, column]).astype(np.float32))
+    def with_estimate(features: Features, by_kernel: Estimate) -> Features:
+        price = 2 * (by_kernel.ln_price - ln_price.mean()) / ln_price.std()
+        columns = [features.structural, price, (by_kernel.surroundings - mean) / deviation]
+        return replace(features, structural=np.column_stack(columns).astype(np.float32))
 
-    left_out, predicted = kernel_prices(settings, fit, ln_price, apply)
-    return mlp(settings, with_price(fit, left_out), ln_price, with_price(apply, predicted))
+    return mlp(settings, with_estimate(fit, left_out), ln_price, with_estimate(apply, predicted))
 
 
 def neighbours(settings: TfidfSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:

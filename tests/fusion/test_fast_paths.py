@@ -33,7 +33,7 @@ def table():
     for column, (name, width) in enumerate(WIDTHS.items()):
         matrix = log_price[:, None] * torch.randn(width, generator=generator)
         embeddings[name] = (matrix + torch.randn(100, width, generator=generator)) * valid[:, column, None]
-    return FusionTable(pd.DataFrame({"price": np.expm1(log_price.numpy())}), embeddings, valid)
+    return FusionTable.of(pd.DataFrame({"price": np.expm1(log_price.numpy())}), embeddings, valid)
 
 
 def model_and_target(table, settings):

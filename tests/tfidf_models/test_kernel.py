@@ -10,8 +10,9 @@ from contracts.workspace import Workspace
 from tfidf_models import kernel
 from tfidf_models.config import TfidfSettings
 from tfidf_models.features import build_features, structural_fields
-from tfidf_models.kernel import KernelModel, Similarity, differences, learn
+from tfidf_models.kernel import KernelModel, Similarity, compare, differences, learn
 from tfidf_models.models import MODELS
+from tfidf_models.surroundings import COLUMNS, POWERS, SLOPE_PRIOR, USUAL_SLOPE, surroundings
 
 SETTINGS = TfidfSettings(model="kernel", kernel_steps=15)
 
@@ -68,16 +69,67 @@ def test_left_out_price_is_the_price_without_the_row(products):
         others = rows != left
         weights = np.linalg.solve(gram[np.ix_(others, others)] + noise * np.eye(59), known[others])
         expected = ln_price[:60].mean() + gram[left, others] @ weights
-        assert model.left_out[left] == pytest.approx(expected, abs=2e-3)
+        assert model.left_out.ln_price[left] == pytest.approx(expected, abs=2e-3)
 
 
 def test_predictions_do_not_depend_on_the_slab(products, monkeypatch):
     features, ln_price = products
     model = KernelModel.fit(SETTINGS, features[np.arange(200)], ln_price[:200])
     asked = features[np.arange(200, 400)]
-    whole = model.predict(asked)
+    whole = model.estimate(asked)
     monkeypatch.setattr(kernel, "SLAB", 37)
-    np.testing.assert_allclose(model.predict(asked), whole, rtol=1e-5)
+    slabs = model.estimate(asked)
+    np.testing.assert_allclose(slabs.ln_price, whole.ln_price, rtol=1e-5)
+    np.testing.assert_allclose(slabs.surroundings, whole.surroundings, atol=1e-4)
+
+
+def test_surroundings_are_weighted_least_squares():
+    """Against numpy's weighted fit; the line is drawn towards the usual slope by a prior."""
+    rng = np.random.default_rng(0)
+    similarity, ln_price, fit_amount, amount = (
+        rng.random((3, 40)),
+        *rng.normal(size=(2, 40)),
+        rng.normal(size=3),
+    )
+    found = surroundings(*(torch.from_numpy(x) for x in (np.log(similarity), ln_price, fit_amount, amount)))
+    assert found.shape == (3, len(POWERS), len(COLUMNS))
+    for row in range(3):
+        for power, columns in zip(POWERS, found[row].tolist(), strict=True):
+            weights = similarity[row] ** power / (similarity[row] ** power).sum()
+            mean, mean_amount = weights @ ln_price, weights @ fit_amount
+            spread = weights @ (fit_amount - mean_amount) ** 2
+            slope = np.polyfit(fit_amount, ln_price, 1, w=np.sqrt(weights))[0]
+            slope = (slope * spread + USUAL_SLOPE * SLOPE_PRIOR) / (spread + SLOPE_PRIOR)
+            distance = amount[row] - mean_amount
+            deviation = np.sqrt(weights @ (ln_price - mean) ** 2)
+            assert columns == pytest.approx([mean, mean + slope * distance, deviation, distance])
+
+
+def test_surroundings_of_a_fitted_row_are_those_without_it(products):
+    """Each by a model that has the same similarity but not the row; and in words alone amounts do not count."""
+    features, ln_price = products
+    rows = np.arange(50)
+    fit, known = features[rows], torch.from_numpy(ln_price[rows]).float()
+    similarity = Similarity.start(5 + len(fit.compared_amounts), len(fit.compared_amounts), seed=0)
+    _, near = compare(similarity, fit, fit, known, leave_out_self=True)
+    for left in (0, 20, 49):
+        others = np.delete(rows, left)
+        _, expected = compare(similarity, features[[left]], features[others], known[others])
+        torch.testing.assert_close(near[left], expected[0], atol=1e-4, rtol=1e-4)
+    structural = features.structural.copy()
+    structural[:, 1:] = 0  # all but the amount of the regression line
+    _, without = compare(
+        similarity, replace(features, structural=structural)[rows], fit, known, leave_out_self=True
+    )
+    torch.testing.assert_close(without[:, 1], near[:, 1])
+    assert (without[:, 0] - near[:, 0]).abs().max() > 0.01
+
+
+def test_a_row_unlike_all_others_has_the_mean_of_all():
+    far = torch.full((1, 4), torch.finfo(torch.float32).tiny).log()
+    prices = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    found = surroundings(far, prices, torch.zeros(4), torch.zeros(1))
+    assert found[0, :, 0].tolist() == [3.0] * len(POWERS) and found.isfinite().all()
 
 
 def test_learning_lowers_the_left_out_error_and_finds_what_matters(products):

@@ -11,8 +11,9 @@ from contracts.workspace import Workspace
 from tfidf_models import train
 from tfidf_models.config import TfidfSettings
 from tfidf_models.features import add_embeddings, build_features
-from tfidf_models.models import MODELS, kernel_prices, neighbour_features
+from tfidf_models.models import MODELS, kernel_estimates, neighbour_features
 from tfidf_models.sparse_mlp import PriceBins, SparseMlp, as_tensors
+from tfidf_models.surroundings import COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +81,13 @@ def test_a_second_model_learns_from_prices_by_other_rows_only(tables):
     shuffled = np.random.default_rng(0).permutation(np.log(tables[0]["price"].to_numpy()))
     fit, apply = features[np.arange(300)], features[np.arange(300, 400)]
     settings = TfidfSettings(model="boosted", kernel_steps=5)
-    left_out, predicted = kernel_prices(settings, fit, shuffled[:300], apply)
-    assert np.corrcoef(left_out, shuffled[:300])[0, 1] < 0.2  # prices without meaning cannot be foreseen
-    assert len(predicted) == 100
+    left_out, predicted = kernel_estimates(settings, fit, shuffled[:300], apply)
+    near = left_out.surroundings.reshape(300, -1, len(COLUMNS))
+    near[..., :2] += left_out.ln_price[:, None, None]  # the prices themselves
+    for column in (left_out.ln_price, *near.reshape(300, -1).T):
+        # prices without meaning cannot be foreseen
+        assert np.corrcoef(column, shuffled[:300])[0, 1] < 0.2
+    assert len(predicted.ln_price) == len(predicted.surroundings) == 100
 
 
 def test_vocabulary_comes_from_training_texts(tables):

@@ -83,9 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(BenchmarkSettings, argv, description="Measure the index kinds.")
     import faiss
 
+    from product_matching.catalogue import product_text
     from product_matching.encoder import encode, load_encoder
     from product_matching.index import KINDS, CatalogueIndex
-    from product_matching.pairs import product_text, read_pairs
+    from product_matching.pairs import read_pairs
 
     faiss.omp_set_num_threads(settings.threads)
     pairs = read_pairs(settings.pairs)

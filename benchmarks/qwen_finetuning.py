@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from qwen3_finetune.config import QwenSettings
     from qwen3_finetune.data import TextRows
-    from qwen3_finetune.train import Training
+    from qwen3_finetune.loop import Training
 
 
 @dataclass
@@ -86,7 +86,7 @@ def text_rows(texts: list[str]) -> TextRows:
 
 def one_epoch(training: Training) -> None:
     """An epoch of the stage itself."""
-    from qwen3_finetune.train import Progress
+    from qwen3_finetune.loop import Progress
 
     training.progress = Progress()
     training.train_epoch()
@@ -155,7 +155,7 @@ def compare(
 
     from benchmarks.measure import gemm_rate, interleave
     from contracts.runs import RunFolder
-    from qwen3_finetune.train import Training
+    from qwen3_finetune.loop import Training
 
     on_gpu = settings.device == "cuda"
     texts = catalogue_texts(settings.data, settings.rows)

@@ -22,9 +22,10 @@ from contracts.catalog import read_table
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write, write_json
 from contracts.settings import parse_settings
+from product_matching.catalogue import product_text
 from product_matching.config import EvaluateSettings
 from product_matching.encoder import encode, load_encoder
-from product_matching.pairs import Pairs, product_text, read_pairs
+from product_matching.pairs import Pairs, read_pairs
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

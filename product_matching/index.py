@@ -25,8 +25,8 @@ import pandas as pd
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write, read_json, sha256_file, write_json
 from contracts.settings import parse_settings
+from product_matching.catalogue import check_catalogue, product_text, read_catalogue
 from product_matching.config import IndexSettings
-from product_matching.pairs import check_catalogue, product_text, read_catalogue
 
 if TYPE_CHECKING:
     import faiss

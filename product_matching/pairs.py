@@ -1,6 +1,6 @@
-"""Labelled pairs of products, from pair files or from two catalogues that share a UPC, and training triplets.
+"""Labelled pairs of products, from pair files or from two catalogues that share a UPC.
 
-A catalogue is a table with the columns of `COLUMNS`, all text, `id` unique. Pairs name records by id:
+Pairs name records of two catalogues (`product_matching.catalogue`) by id:
 left_id, right_id, match (bool), split (train | valid | test).
 
     python -m product_matching.pairs --pairs ../shared/data/matching/walmart_amazon --out catalogues
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,16 +26,12 @@ from contracts.catalog import read_table
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write
 from contracts.settings import parse_settings
-from product_matching.config import MAX_CHARACTERS, PairSettings
+from product_matching.catalogue import COLUMNS, check_catalogue, product_text, read_catalogue
+from product_matching.config import PairSettings
 
-COLUMNS = ("id", "title", "brand", "model", "category", "description", "price", "upc")
 SPLITS = ("train", "valid", "test")
 _COLUMN_OF_FIELD = {"name": "title", "modelno": "model"}
-_MODEL_NUMBER = re.compile(r"(?=.*[a-z])(?=.*\d)\w{5,}")
 _FIELD = re.compile(r"COL (\w+) VAL ")
-
-Encode = Callable[[list[str]], np.ndarray]
-"""texts → (N, D) float32 with rows of length 1"""
 
 
 @dataclass
@@ -57,66 +53,6 @@ class Pairs:
 
     def matches(self, split: str) -> pd.DataFrame:
         return self.labelled[(self.labelled["split"] == split) & self.labelled["match"]]
-
-
-def product_text(table: pd.DataFrame, *, plain: bool = False) -> list[str]:
-    """What the encoder reads of each record: title, brand, model number.
-
-    The brand is left out where the title has it. The model number is squeezed to letters and digits, as shops
-    write TF-TV 1022 and tftv1022; where the field is empty it is the longest such word of the title.
-
-    Args:
-        plain: join the fields as they are written, the text that published base scores refer to.
-    """
-    join = _plain_text if plain else _text
-    return [join(*fields) for fields in zip(table["title"], table["brand"], table["model"], strict=True)]
-
-
-def _plain_text(title: str, brand: str, model: str) -> str:
-    return " ".join(field for field in (title, brand, model) if field)
-
-
-def _text(title: str, brand: str, model: str) -> str:
-    if brand.lower() in title.lower():
-        brand = ""
-    return _plain_text(brand, title, _squeeze(model) or model_number(title))
-
-
-def model_number(title: str) -> str:
-    """The longest word of at least five letters and digits that has both, or ""."""
-    words = (_squeeze(word) for word in title[:MAX_CHARACTERS].lower().split())
-    return max((word for word in words if _MODEL_NUMBER.fullmatch(word)), key=len, default="")
-
-
-def _squeeze(written: str) -> str:
-    return re.sub(r"[\W_]", "", written.lower())
-
-
-def read_catalogue(path: Path | str) -> pd.DataFrame:
-    """Read a catalogue csv: columns id and title are required, the others of `COLUMNS` optional, all kept as text.
-
-    Raises InputError: no such file, not UTF-8, no rows, a column missing, an id empty or used twice, no title.
-    """
-    table = read_table(Path(path))
-    if missing := {"id", "title"} - set(table.columns):
-        raise InputError(
-            f"{path}: column {', '.join(sorted(missing))} is missing; found {', '.join(table.columns)}"
-        )
-    return check_catalogue(table, path)
-
-
-def check_catalogue(table: pd.DataFrame, name: Path | str) -> pd.DataFrame:
-    """The catalogue with exactly the columns of `COLUMNS`; raises InputError as `read_catalogue` does."""
-    if table.empty:
-        raise InputError(f"{name}: the catalogue has no rows")
-    table = table.reindex(columns=list(COLUMNS), fill_value="").apply(lambda column: column.str.strip())
-    for column in ("id", "title"):
-        if (empty := table[column] == "").any():
-            raise InputError(f"{name}: data row {int(np.flatnonzero(empty)[0]) + 1} has an empty {column}")
-    if (repeated := table["id"].duplicated()).any():
-        first = table.loc[repeated, "id"].iloc[0]
-        raise InputError(f"{name}: id {first} occurs twice ({repeated.sum()} repeated ids in all)")
-    return table.reset_index(drop=True)
 
 
 def read_pairs(source: Path | str) -> Pairs:
@@ -253,81 +189,6 @@ def join_by_upc(left: pd.DataFrame, right: pd.DataFrame, *, non_matches: int = 9
 def split_of(key: str) -> str:
     place = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
     return "valid" if place == 8 else "test" if place == 9 else "train"
-
-
-def training_pairs(pairs: Pairs, held_out: str = "matches") -> pd.DataFrame:
-    """The labelled pairs that training may see: split train, and neither record held out.
-
-    Held out are, by `held_out`, the records of all validation and test matches ("matches": the products that the
-    evaluation looks for) or of all validation and test pairs, non-matches included ("pairs"). Public splits deal
-    out pairs, not products, so without this step a test product is seen in training as another pair's negative.
-    """
-    if held_out not in ("matches", "pairs"):
-        raise InputError(f"--held-out {held_out}: choose matches or pairs")
-    table = pairs.labelled
-    elsewhere = table[(table["split"] != "train") & (table["match"] | (held_out == "pairs"))]
-    train = pairs.of("train")
-    # by text, not id: a text written twice is one product to the encoder
-    text_of = {
-        side: pd.Series([text.lower() for text in product_text(catalogue)], index=catalogue["id"])
-        for side, catalogue in (("left_id", pairs.left), ("right_id", pairs.right))
-    }
-    hidden = {text for side, texts in text_of.items() for text in texts[elsewhere[side]]}
-    seen = [texts[train[side]].isin(hidden).to_numpy() for side, texts in text_of.items()]
-    return train[~(seen[0] | seen[1])]
-
-
-def mine_triplets(pairs: Pairs, train: pd.DataFrame, encode: Encode, *, negatives: int = 4) -> pd.DataFrame:
-    """Triplets for every match of `train`: columns anchor_id, positive_id, negative_id; anchors are left records.
-
-    The negatives of a match are the `negatives` records most similar to the anchor under `encode` (cosine, faiss)
-    that are not its match: those of the anchor's brand or category first, then the others. Candidates are the right
-    records of `train`, so nothing that is held out there can come in.
-    """
-    import faiss
-
-    matches = train[train["match"]]
-    if matches.empty:
-        raise InputError("no training match is left; there is nothing to train on")
-    left = pairs.left.set_index("id", drop=False)
-    candidates = pairs.right[pairs.right["id"].isin(train["right_id"])].reset_index(drop=True)
-    texts = [text.lower() for text in product_text(candidates)]
-    text_of = dict(zip(candidates["id"], texts, strict=True))
-    brands, categories = _brands(candidates), candidates["category"].str.lower().tolist()
-
-    anchors = left.loc[matches["left_id"].unique()]
-    index = faiss.IndexFlatIP((vectors := encode(product_text(candidates))).shape[1])
-    index.add(vectors)
-    _, nearest = index.search(encode(product_text(anchors)), min(50 + negatives, len(candidates)))
-    positives_of = matches.groupby("left_id")["right_id"].agg(list)
-    triplets = []
-    for anchor_id, anchor, brand, category, rows in zip(
-        anchors["id"],
-        product_text(anchors),
-        _brands(anchors),
-        anchors["category"].str.lower(),
-        nearest,
-        strict=True,
-    ):
-        # by text: the words of the anchor or of a match under another id are no negative
-        same = {text_of[positive] for positive in positives_of[anchor_id]} | {anchor.lower()}
-        others = [row for row in rows if texts[row] not in same]
-        related = [
-            bool(brand and brands[row] == brand or category and categories[row] == category) for row in others
-        ]
-        chosen = [others[place] for place in np.argsort(np.logical_not(related), kind="stable")[:negatives]]
-        triplets += [
-            (anchor_id, positive, candidates.at[row, "id"])
-            for positive in positives_of[anchor_id]
-            for row in chosen
-        ]
-    return pd.DataFrame(triplets, columns=["anchor_id", "positive_id", "negative_id"])
-
-
-def _brands(table: pd.DataFrame) -> list[str]:
-    """Brand of each record; a catalogue without brands usually puts it first in the title."""
-    first_word = table["title"].str.lower().str.split().str[0]
-    return table["brand"].str.lower().where(table["brand"] != "", first_word).tolist()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ import pandas as pd
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write
 from contracts.settings import parse_settings
-from product_matching.pairs import COLUMNS, product_text
+from product_matching.catalogue import COLUMNS, product_text
 
 BRANDS = ("Alderby", "Bexley", "Corvane", "Dorrin", "Estrel", "Fennick", "Garnock", "Harlowe", "Imbry", "Kestrow",
           "Lomond", "Marrick")  # fmt: skip

@@ -15,11 +15,11 @@ import pandas as pd
 
 from contracts.errors import InputError, run_entry_point
 from contracts.settings import parse_settings
+from product_matching.catalogue import product_text
 from product_matching.config import SearchSettings
 from product_matching.encoder import encode, load_encoder
 from product_matching.evaluate import Calibration
 from product_matching.index import CatalogueIndex
-from product_matching.pairs import product_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

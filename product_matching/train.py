@@ -26,8 +26,10 @@ from contracts.runs import RunFolder, random_state, restore_random_state
 from contracts.settings import parse_settings
 from contracts.torch_setup import choose_dtype, seed_everything
 from contracts.workspace import Workspace
+from product_matching.catalogue import product_text
 from product_matching.config import TrainSettings
-from product_matching.pairs import Pairs, mine_triplets, pair_files, product_text, read_pairs, training_pairs
+from product_matching.pairs import Pairs, pair_files, read_pairs
+from product_matching.triplets import mine_triplets, training_pairs
 
 if TYPE_CHECKING:
     import torch

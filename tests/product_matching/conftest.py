@@ -33,9 +33,9 @@ def tiny_encoder(shops):
 @pytest.fixture(scope="session")
 def shop_index(shops, tiny_encoder) -> Path:
     """A saved index over right.csv, with a calibration."""
+    from product_matching.catalogue import product_text, read_catalogue
     from product_matching.encoder import encode, fingerprint
     from product_matching.index import CatalogueIndex
-    from product_matching.pairs import product_text, read_catalogue
 
     catalogue = read_catalogue(shops / "right.csv")
     folder = shops / "index"

@@ -4,10 +4,11 @@ import pytest
 
 from contracts.errors import InputError
 from product_matching import evaluate as stage
+from product_matching.catalogue import check_catalogue
 from product_matching.config import EvaluateSettings
 from product_matching.encoder import load_encoder
 from product_matching.evaluate import Calibration, EmbeddedPairs, confidence, pair_decision, retrieval
-from product_matching.pairs import Pairs, check_catalogue, read_pairs
+from product_matching.pairs import Pairs, read_pairs
 
 
 def embedded(cosine: dict[str, list[float]], match: dict[str, list[int]]) -> EmbeddedPairs:
@@ -76,8 +77,8 @@ def test_pairs_of_one_label_cannot_calibrate():
 def test_retrieval_scores_by_hand(shops, tiny_encoder):
     """Three queries whose matches stand at ranks 1, 2 and 3 of a corpus whose order we choose."""
     pairs = read_pairs(shops / "pairs").only("train")
+    from product_matching.catalogue import product_text
     from product_matching.encoder import encode
-    from product_matching.pairs import product_text
 
     matches = pairs.matches("train").head(3)
     left = pairs.left[pairs.left["id"].isin(matches["left_id"])]

@@ -7,9 +7,9 @@ import pytest
 
 from contracts.errors import InputError
 from product_matching import index as stage
+from product_matching.catalogue import read_catalogue
 from product_matching.encoder import encode, load_encoder
 from product_matching.index import KINDS, CatalogueIndex, choose_kind
-from product_matching.pairs import read_catalogue
 from product_matching.sample_pairs import write_tiny_encoder
 
 

@@ -3,20 +3,9 @@ import pandas as pd
 import pytest
 
 from contracts.errors import InputError
-from product_matching.pairs import (
-    Pairs,
-    check_catalogue,
-    join_by_upc,
-    main,
-    mine_triplets,
-    model_number,
-    normalise_upc,
-    pair_files,
-    product_text,
-    read_catalogue,
-    read_pairs,
-    training_pairs,
-)
+from product_matching.catalogue import check_catalogue, model_number, product_text, read_catalogue
+from product_matching.pairs import Pairs, join_by_upc, main, normalise_upc, pair_files, read_pairs
+from product_matching.triplets import mine_triplets, training_pairs
 
 
 def catalogue(*records: dict[str, str]) -> pd.DataFrame:

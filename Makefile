@@ -66,7 +66,7 @@ accuracy: .venv/installed-dev
 		--workspace "$(OUT)"
 	$(RUN) -m fusion.ensemble.train --workspace "$(OUT)" --intervals --members boosted_0 boosted_4 mlp_on_kernel
 
-# What a leak does to a reported score: half an hour on two cores.
+# What a leak does to a reported score: an hour on two cores.
 leak-study: .venv/installed-dev
 	@test -n "$(DATA)" || { echo "error: say DATA=<folder with train.csv and test.csv>"; exit 2; }
 	$(RUN) -m runs.leak_study --data "$(DATA)" --model "$(MINILM)" --workspace "$(OUT)/leak_study" --resume

@@ -23,8 +23,8 @@ class FusionBatchesSettings:
     """rows of the table"""
     batch_size: int = 256
     """rows a batch"""
-    batches: int = 40
-    """batches a round"""
+    batches: int = 234
+    """batches a round; 234 are the epoch, whose order is drawn once"""
     rounds: int = 5
     """times that every rival is measured, in turns"""
     workers: int = 0

@@ -199,11 +199,12 @@ def _retry_after(header: str | None) -> float:
 
 def download_all(links: dict[str, str], download: Downloader) -> dict[str, Outcome]:
     """Fetch every image of `links` (file name to link). After Ctrl-C the rest is "interrupted"."""
-    failed = 0
+    failed, futures = 0, {}
     with ThreadPoolExecutor(download.settings.workers) as pool:
-        futures = {image: pool.submit(download, image, link) for image, link in links.items()}
-        finished = as_completed(futures.values())
-        try:
+        try:  # from the first submit on: leaving the pool by an exception would wait for all downloads
+            for image, link in links.items():
+                futures[image] = pool.submit(download, image, link)
+            finished = as_completed(futures.values())
             with tqdm(finished, total=len(links), desc="pictures", unit=" pictures") as progress:
                 for future in progress:
                     failed += future.result().status not in ("ok", "present")
@@ -213,10 +214,8 @@ def download_all(links: dict[str, str], download: Downloader) -> dict[str, Outco
             pool.shutdown(cancel_futures=True)
             if not isinstance(error, KeyboardInterrupt):
                 raise
-    interrupted = Outcome("interrupted")
-    return {
-        image: interrupted if future.cancelled() else future.result() for image, future in futures.items()
-    }
+    done = {image: future.result() for image, future in futures.items() if not future.cancelled()}
+    return {image: done.get(image, Outcome("interrupted")) for image in links}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -245,6 +245,24 @@ def test_ctrl_c_writes_the_status(server, tmp_path):
     assert "6 interrupted" in output and "Traceback" not in output
 
 
+def test_ctrl_c_while_links_are_dealt_does_not_wait_for_downloads(server, tmp_path, monkeypatch):
+    links = {f"{number}": f"{server.url}/dripping/{number}" for number in range(6)}
+    write_workspace(tmp_path, links)
+    submit, submitted = download_images.ThreadPoolExecutor.submit, []
+
+    def interrupted(pool, *arguments):
+        if len(submitted) == 3:
+            raise KeyboardInterrupt
+        submitted.append(submit(pool, *arguments))
+        return submitted[-1]
+
+    monkeypatch.setattr(download_images.ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run(tmp_path, "--workers", "2")
+    status = read_status(tmp_path)
+    assert {status[number][0] for number in links} == {"interrupted"}
+
+
 def test_a_full_disk_ends_the_run(server, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -233,7 +233,11 @@ def test_ctrl_c_writes_the_status(server, tmp_path):
     links = {f"{number}": f"{server.url}/dripping/{number}" for number in range(6)}
     write_workspace(tmp_path, {"first": f"{server.url}/ok", **links})
     command = [sys.executable, "-m", "data.download_images", "--workspace", str(tmp_path), "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # a shell starts background jobs with Ctrl-C ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while len(server.requests) < 3 and process.poll() is None:  # the first is done, both workers are busy
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from contracts.errors import InputError
 from tfidf_models.config import TfidfSettings
 from tfidf_models.features import Features
-from tfidf_models.surroundings import surroundings
+from tfidf_models.surroundings import PRICES, surroundings
 
 LARGEST = 30_000  # rows: 3.6 GB a matrix, and three of them
 SUMS = 3
@@ -129,9 +129,9 @@ class Estimate:
     @classmethod
     def of(cls, ln_price: np.ndarray, near: Tensor) -> Estimate:
         """near (m, 2, P, 4)"""
-        near = near.numpy()
-        near[..., :2] -= ln_price[:, None, None, None]
-        return cls(ln_price, near.reshape(len(near), -1))
+        columns = near.numpy().copy()
+        columns[..., :PRICES] -= ln_price[:, None, None, None]
+        return cls(ln_price, columns.reshape(len(columns), -1))
 
 
 @dataclass
@@ -165,6 +165,7 @@ class KernelModel:
         return cls(similarity, rows, known, weights, Estimate.of(left_out, near))
 
     def estimate(self, asked: Features) -> Estimate:
+        """What all fitted rows say of other rows."""
         gram, near = compare(self.similarity, asked, self.rows, self.ln_price)
         return Estimate.of((self.ln_price.mean() + gram @ self.weights).double().numpy(), near)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 POWERS = (4, 8, 16)
 COLUMNS = ("mean ln price", "ln price on the line", "deviation of ln price", "distance of the amount")
+PRICES = 2  # of the COLUMNS, the first
 USUAL_SLOPE = 0.35  # of ln price in the standardised amount, where the surroundings do not show one
 SLOPE_PRIOR = 0.2  # variance of the amount from which on they do
 

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from contracts.catalog import read_table
-from contracts.embeddings import Embeddings, write_embeddings
+from contracts.embeddings import Embeddings, read_embeddings, write_embeddings
 from contracts.files import read_json
-from contracts.splits import fitted_on, split_hash
+from contracts.splits import N_FOLDS, fitted_on, leaked_folds, split_hash
 from contracts.workspace import Workspace
 from runs import ablation_study, leak_study
 
@@ -36,6 +36,10 @@ def test_leak_study_scores_every_protocol_on_rows_set_aside(sample_workspace, tm
     assert table.loc["leaked", "reported"] == scores["leaked"]["leaked_smape"]
     for protocol in ("honest", "out_of_fold"):
         assert table.loc[protocol, "reported"] == scores[protocol]["validation_smape"]
+    # the embeddings of the last protocol, which remember no row; six encoders have made them
+    embeddings = read_embeddings(study.path("embeddings", name="qwen_text", split="train"))
+    assert not leaked_folds(embeddings.meta["fitted_on"], tuple(range(N_FOLDS)))
+    assert len(list(study.path("run", name="encoder_out_of_fold").glob("*/COMPLETE"))) == 6
     # the price that was set aside, by hand
     truth = (
         read_table(sample_workspace / "catalogue" / "train.csv").set_index("sample_id")["price"].astype(float)

@@ -13,7 +13,7 @@ from tfidf_models.config import TfidfSettings
 from tfidf_models.features import add_embeddings, build_features
 from tfidf_models.models import MODELS, kernel_estimates, neighbour_features
 from tfidf_models.sparse_mlp import PriceBins, SparseMlp, as_tensors
-from tfidf_models.surroundings import COLUMNS
+from tfidf_models.surroundings import COLUMNS, PRICES
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_second_model_learns_from_prices_by_other_rows_only(tables):
     settings = TfidfSettings(model="boosted", kernel_steps=5)
     left_out, predicted = kernel_estimates(settings, fit, shuffled[:300], apply)
     near = left_out.surroundings.reshape(300, -1, len(COLUMNS))
-    near[..., :2] += left_out.ln_price[:, None, None]  # the prices themselves
+    near[..., :PRICES] += left_out.ln_price[:, None, None]  # the prices themselves
     for column in (left_out.ln_price, *near.reshape(300, -1).T):
         # prices without meaning cannot be foreseen
         assert np.corrcoef(column, shuffled[:300])[0, 1] < 0.2

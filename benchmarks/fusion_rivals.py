@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fusion.blocks import Dropout, EmbeddingBranch, MixtureOfExperts, zero_missing
+from fusion.blocks import AttentionBlock, Dropout, EmbeddingBranch, MixtureOfExperts, zero_missing
 from fusion.dataset import FusionTable
 from fusion.int8 import LinearExperts
 from fusion.loop import Target
@@ -74,6 +74,8 @@ def with_plain_layers(model: nn.Module) -> nn.Module:
             if isinstance(child, MixtureOfExperts):
                 with torch.no_grad():
                     setattr(module, name, LinearExperts(child))
+        if isinstance(module, AttentionBlock):
+            module.short_path = False
         module.__class__ = plain.get(type(module), type(module))
     return model
 

@@ -6,8 +6,9 @@
 All train the same model (variant hierarchical, 13.46 M parameters) from the same weights with the same loss, AdamW,
 gradient clipping, dropout and modality dropout, batch for batch. On a CPU a round is a few steps and an epoch is
 extrapolated; on CUDA a round is a whole epoch. The Trainer's start (a call with one step) is not counted. The
-rivals train the model with our layers, so that only the loop differs, and, as "plain layers", with torch's own
-dropout, the branch's scale in front of its product and a list of experts, as one would write it first.
+rivals train the model with our layers, so that only the loop differs, and, as "plain layers", with the whole of
+attention, torch's own dropout, the branch's scale in front of its product and a list of experts, as one would write
+it first. Shares of the product rate count the products of our form, the fewest that the model needs.
 """
 
 from __future__ import annotations

@@ -35,18 +35,19 @@ def zero_missing(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout whose CPU mask is drawn four elements at a time, from sixteen of 64 random bits each.
+    """nn.Dropout whose CPU mask is drawn eight elements at a time, from eight of 64 random bits each.
 
-    torch draws a CPU mask one element after the other, on one thread: a tenth of the training step. The chance
-    is rounded to 1/65536.
+    torch draws a CPU mask one element after the other, on one thread: a tenth of the training step. A chance that is
+    no multiple of 1/256 takes sixteen bits and is rounded to 1/65536.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = bits >= round(self.p * 2**16) - 2**15
+        bits = 8 if (self.p * 2**8).is_integer() else 16
+        words = torch.empty(-(-x.numel() * bits // 64), dtype=torch.int64).random_(-(2**63), None)
+        drawn = words.view(torch.int8 if bits == 8 else torch.int16)[: x.numel()].view(x.shape)
+        kept = drawn >= round(self.p * 2**bits) - 2 ** (bits - 1)
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
@@ -75,10 +76,12 @@ class EmbeddingBranch(nn.Module):
         """embedding (B, D_in), valid (B,) bool or None → (B, D), zero where the embedding is missing."""
         (linear, *rest), *deeper = self.layers
         # scaled behind the product: before it, the scale's gradient would cost another product with the weights
-        x = linear.bias + self.scale * F.linear(zero_missing(embedding, valid), linear.weight)  # (B, D)
+        x = F.linear(zero_missing(embedding, valid), linear.weight)  # (B, D)
+        x = torch.addcmul(linear.bias, self.scale, x)
         for layer in (*rest, *deeper):
             x = layer(x)
-        return zero_missing(x, valid)  # a branch of zeros is not zero: its biases remain
+        # a branch of zeros is not zero: its biases remain; finite, so a product will do, five times as fast
+        return x if valid is None else x * valid.unsqueeze(-1)
 
 
 class AttentionBlock(nn.Module):
@@ -134,7 +137,7 @@ class AttentionBlock(nn.Module):
             attended = self.out(self._attend(q, kv, key_valid))
         attended = self.dropout(attended)  # (B, T, D)
         if key_valid is not None:
-            attended = zero_missing(attended, key_valid.any(dim=1, keepdim=True))
+            attended = attended * key_valid.any(dim=1)[:, None, None]
         return self.norm(q + attended).view_as(query)
 
     def _attend(self, q: Tensor, kv: Tensor, key_valid: Tensor | None) -> Tensor:
@@ -168,7 +171,7 @@ class ProductPerExpert(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h, weight = ctx.saved_tensors
-        grad_h, grad_weight = h.new_empty(h.shape), torch.empty_like(weight)
+        grad_h, grad_weight = torch.empty_like(h), torch.empty_like(weight)  # in the strides of both
         for expert in range(len(weight)):
             torch.mm(grad[expert], weight[expert].T, out=grad_h[expert])
             torch.mm(h[expert].T, grad[expert], out=grad_weight[expert])
@@ -185,8 +188,8 @@ def expert_products(bias: Tensor, h: Tensor, weight: Tensor) -> Tensor:
 class MixtureOfExperts(nn.Module):
     """Dense mixture: every expert sees every row, gate = softmax(Linear(x)) weighs their outputs.
 
-    An expert is Linear → GELU → dropout for each hidden width, then Linear to `d_out`. The experts' weights
-    are stacked.
+    An expert is Linear → GELU → dropout for each hidden width, then Linear to `d_out`. All experts read the same x,
+    so their first layers are one Linear; the weights of the layers above are stacked.
 
     Jacobs et al. 1991, "Adaptive mixtures of local experts"; without sparsity or a balancing loss.
     """
@@ -203,30 +206,40 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         if experts < 1:
             raise InputError(f"experts={experts}: a mixture needs at least one")
-        widths = (d_in, *hidden, d_out)
-        layers = list(zip(widths, widths[1:], strict=False))
+        layers = list(zip(hidden, (*hidden[1:], d_out), strict=True))
+        self.gate = nn.Linear(d_in, experts)
+        self.first = nn.Linear(d_in, experts * hidden[0])
         self.weights = nn.ParameterList(torch.empty(experts, a, b) for a, b in layers)
         self.biases = nn.ParameterList(torch.empty(experts, 1, b) for _, b in layers)
         self.dropout = Dropout(dropout)
-        self.gate = nn.Linear(d_in, experts)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw weights and biases as nn.Linear does: uniform within ±1/√fan_in."""
+        self.gate.reset_parameters()
+        self.first.reset_parameters()
         for weight, bias in zip(self.weights, self.biases, strict=True):
             bound = 1 / math.sqrt(weight.shape[1])
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
-        self.gate.reset_parameters()
 
     def set_output_bias(self, value: float) -> None:
         """Start every expert, and so the mixture, near `value`."""
         nn.init.constant_(self.biases[-1], value)
 
+    def expert(self, number: int) -> list[tuple[Tensor, Tensor]]:
+        """Weight (D_out, D_in) and bias (D_out,) of each layer of one expert, as nn.Linear keeps them."""
+        weight, bias = (
+            parameter.chunk(self.gate.out_features)[number] for parameter in self.first.parameters()
+        )
+        above = ((w[number].T, b[number, 0]) for w, b in zip(self.weights, self.biases, strict=True))
+        return [(weight, bias), *above]
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, D) → mixed output (B, d_out), gate (B, E) whose rows sum to 1."""
         gate = self.gate(x).softmax(dim=-1)  # (B, E)
-        h = x.expand(gate.shape[1], -1, -1)  # (E, B, D)
+        h = self.dropout(F.gelu(self.first(x)))  # (B, E·D_hidden)
+        h = h.unflatten(1, (gate.shape[1], -1)).transpose(0, 1)  # (E, B, D_hidden)
         *hidden, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
         for weight, bias in hidden:
             h = self.dropout(F.gelu(expert_products(bias, h, weight)))

@@ -30,17 +30,14 @@ class FoldedBranch(nn.Module):
 
 
 class LinearExperts(nn.Module):
-    """A copy of a MixtureOfExperts with one Linear per expert and layer instead of stacked weights."""
+    """A copy of a MixtureOfExperts with one Linear per expert and layer."""
 
     def __init__(self, mixture: MixtureOfExperts):
         super().__init__()
         self.gate, self.dropout = mixture.gate, nn.Dropout(mixture.dropout.p)
         self.experts = nn.ModuleList(
-            nn.ModuleList(
-                _linear(weight[expert], bias[expert, 0])
-                for weight, bias in zip(mixture.weights, mixture.biases, strict=True)
-            )
-            for expert in range(len(mixture.weights[0]))
+            nn.ModuleList(_linear(*layer) for layer in mixture.expert(number))
+            for number in range(mixture.gate.out_features)
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,9 +52,9 @@ class LinearExperts(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """weight (D_in, D_out) as the mixture keeps it, bias (D_out,)"""
-    linear = nn.Linear(*weight.shape)
-    linear.weight.copy_(weight.T)
+    """weight (D_out, D_in), bias (D_out,)"""
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight.copy_(weight)
     linear.bias.copy_(bias)
     return linear
 

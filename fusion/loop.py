@@ -81,6 +81,17 @@ def hide_modalities(valid: Tensor, chance: float, generator: torch.Generator | N
     return torch.where(kept.any(dim=1, keepdim=True), kept, valid)
 
 
+def clip_gradients(parameters: list[nn.Parameter], largest: float) -> None:
+    """nn.utils.clip_grad_norm_; on a CPU with dot products, as torch takes a tensor's norm on one thread."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients[0].device.type == "cpu":
+        squares = [gradient.flatten().dot(gradient.flatten()) for gradient in gradients]
+        norm = torch.stack(squares).sum().sqrt()
+    else:
+        norm = nn.utils.get_total_norm(gradients)
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+
+
 class TrainingStep:
     """One step of AdamW on rows of a table that lies on the model's device.
 
@@ -123,7 +134,7 @@ class TrainingStep:
         loss.backward()
         if processes > 1:
             sum_gradients(self.parameters)
-        nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+        clip_gradients(self.parameters, self.settings.clip_norm)
         self.optimizer.step()
         return loss.detach()
 

@@ -152,15 +152,15 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 
 
 def dense_mixture(mixture: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
-    """The same mixture as plain nn.Linear layers, one expert after the other."""
+    """The same mixture, one expert after the other; the first layer's rows belong to one expert after the other."""
     gate = torch.softmax(x @ mixture.gate.weight.T + mixture.gate.bias, dim=1)
     total = torch.zeros(len(x), mixture.weights[-1].shape[2], dtype=x.dtype)
+    width = len(mixture.first.bias) // gate.shape[1]
     for e in range(gate.shape[1]):
-        h = x
-        for i, (weight, bias) in enumerate(zip(mixture.weights, mixture.biases, strict=True)):
-            linear = nn.Linear(*weight.shape[1:]).to(x.dtype)
-            linear.weight.data, linear.bias.data = weight[e].T, bias[e, 0]
-            h = linear(h if i == 0 else nn.functional.gelu(h))
+        own = slice(e * width, (e + 1) * width)
+        h = x @ mixture.first.weight[own].T + mixture.first.bias[own]
+        for weight, bias in zip(mixture.weights, mixture.biases, strict=True):
+            h = nn.functional.gelu(h) @ weight[e] + bias[e, 0]
         total += gate[:, e : e + 1] * h
     return total
 
@@ -195,11 +195,15 @@ def test_product_per_expert_equals_the_batched_product_and_its_gradients():
 
 def test_mixture_is_initialised_as_nn_linear():
     torch.manual_seed(0)
-    mixture = MixtureOfExperts(d_in=64, hidden=(256,), experts=3, dropout=0.0)
-    linear = nn.Linear(64, 256)
-    for ours, reference in ((mixture.weights[0], linear.weight), (mixture.biases[0], linear.bias)):
-        assert ours.abs().max() <= 1 / 8 and ours.abs().max() > 0.97 / 8
-        assert ours.std().item() == pytest.approx(reference.std().item(), rel=0.1)
+    mixture = MixtureOfExperts(d_in=64, hidden=(128, 256), experts=3, dropout=0.0)
+    for weight, bias, linear in (
+        (mixture.first.weight, mixture.first.bias, nn.Linear(64, 384)),
+        (mixture.weights[0], mixture.biases[0], nn.Linear(128, 256)),
+    ):
+        bound = linear.in_features**-0.5
+        for ours, reference in ((weight, linear.weight), (bias, linear.bias)):
+            assert 0.97 * bound < ours.abs().max() <= bound
+            assert ours.std().item() == pytest.approx(reference.std().item(), rel=0.1)
     assert not torch.equal(mixture.weights[0][0], mixture.weights[0][1]), "experts must start apart"
 
 

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from contracts.errors import run_entry_point
-from contracts.images import UnreadablePicture, open_picture
+from contracts.images import UnreadablePicture, open_picture, read_pixels
 from contracts.settings import parse_settings
 from contracts.torch_setup import choose_device, choose_dtype, guard_torchvision, mixed_precision
 from contracts.workspace import REPOSITORY
@@ -135,20 +135,22 @@ def per_core(paths: list[Path], rounds: int) -> list[dict[str, object]]:
     half, quarter = (
         {path: open_picture(path, min_side=side) for path in paths} for side in (SIGLIP_SIDE, CLIP_SIDE)
     )
+    pixels = {path: read_pixels(path, min_side=SIGLIP_SIDE) for path in paths}
     each = {
         "read": lambda path: path.read_bytes(),
         "decode, full": plain_open,
         "decode, for 384": lambda path: open_picture(path, min_side=SIGLIP_SIDE),
+        "decode, for 384, pixels alone": lambda path: read_pixels(path, min_side=SIGLIP_SIDE),
         "decode, for 224": lambda path: open_picture(path, min_side=CLIP_SIDE),
         "prepare CLIP, from the decode for 224": lambda path: clip(quarter[path]),
         "prepare CLIP, from the decode for 384": lambda path: clip(half[path]),
         "prepare CLIP, from the decode for 384 averaged": lambda path: clip(shrunk(half[path], CLIP_SIDE)),
-        "prepare SigLIP": lambda path: siglip(half[path]),
-        "prepare SigLIP and normalise": lambda path: prepare["siglip normalised"](half[path]),
+        "prepare SigLIP": lambda path: siglip(pixels[path]),
+        "prepare SigLIP and normalise": lambda path: prepare["siglip normalised"](pixels[path]),
         "prepare SigLIP, whole processor": lambda path: processor(half[path]),
         "CLIP": lambda path: clip(open_picture(path, min_side=CLIP_SIDE)),
         "CLIP, full decode": lambda path: clip(plain_open(path)),
-        "SigLIP": lambda path: siglip(open_picture(path, min_side=SIGLIP_SIDE)),
+        "SigLIP": lambda path: siglip(read_pixels(path, min_side=SIGLIP_SIDE)),
         "SigLIP, full decode": lambda path: siglip(plain_open(path)),
         "SigLIP, full decode and whole processor": lambda path: processor(plain_open(path)),
         "both in one pass": both,
@@ -199,7 +201,7 @@ def agreement(paths: list[Path]) -> list[dict[str, object]]:
         ("clip", "for 384, averaged"): lambda path: shrunk(
             open_picture(path, min_side=SIGLIP_SIDE), CLIP_SIDE
         ),
-        ("siglip", "for 384"): lambda path: open_picture(path, min_side=SIGLIP_SIDE),
+        ("siglip", "for 384"): lambda path: read_pixels(path, min_side=SIGLIP_SIDE),
     }
     rows = []
     for (encoder, decode), opened in decodes.items():

@@ -10,7 +10,9 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 40_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -31,7 +33,34 @@ def open_picture(path: Path | str, *, min_side: int | None = None) -> Image.Imag
     Raises:
         UnreadablePicture: with the reason.
     """
+    with _header(Path(path)) as picture:
+        return _load(picture, min_side)
+
+
+def read_pixels(path: Path | str, *, min_side: int | None = None) -> np.ndarray:
+    """The pixels of `open_picture`, (H, W, 3) uint8; of a JPEG without the copies that Pillow makes of them.
+
+    Raises:
+        UnreadablePicture: with the reason.
+    """
     path = Path(path)
+    with _header(path) as picture:
+        if (
+            picture.format == "JPEG"
+            and picture.mode in ("RGB", "L")
+            and picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        ):
+            reduction = _reduction(picture.size, min_side)
+            width, height = (-(-side // reduction) for side in picture.size)
+            try:
+                return simplejpeg.decode_jpeg(path.read_bytes(), "RGB", min_height=height, min_width=width)
+            except ValueError:
+                pass  # it refuses what libjpeg only warns of; Pillow knows which of that is damage
+        return np.array(_load(picture, min_side))
+
+
+def _header(path: Path) -> Image.Image:
+    """The picture, opened but not decoded."""
     if not path.is_file():
         raise UnreadablePicture("missing")
     if path.stat().st_size == 0:
@@ -44,20 +73,29 @@ def open_picture(path: Path | str, *, min_side: int | None = None) -> Image.Imag
         raise UnreadablePicture(f"over {MAX_PIXELS:,} pixels") from None
     except (OSError, ValueError, SyntaxError):
         raise UnreadablePicture("not a picture") from None
-    with picture:
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise UnreadablePicture(f"{width}x{height} is over {MAX_PIXELS:,} pixels")
-        if min_side is not None:
-            # draft() takes the smallest scale that covers the box; a box in the picture's own shape keeps
-            # the shorter side at min_side or more
-            scale = min_side / min(width, height)
-            picture.draft("RGB", (max(1, int(width * scale)), max(1, int(height * scale))))
-        try:
-            picture.load()
-            return _on_white(ImageOps.exif_transpose(picture))
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
-            raise UnreadablePicture(f"damaged ({str(error)[:60]})") from None
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        picture.close()
+        raise UnreadablePicture(f"{width}x{height} is over {MAX_PIXELS:,} pixels")
+    return picture
+
+
+def _load(picture: Image.Image, min_side: int | None) -> Image.Image:
+    if (reduction := _reduction(picture.size, min_side)) > 1:
+        picture.draft("RGB", (picture.width // reduction, picture.height // reduction))
+    try:
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+        return _on_white(picture)
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
+        raise UnreadablePicture(f"damaged ({str(error)[:60]})") from None
+
+
+def _reduction(size: tuple[int, int], min_side: int | None) -> int:
+    """By how much libjpeg may shrink a picture whose shorter side is to keep `min_side` pixels."""
+    if min_side is None:
+        return 1
+    return max((n for n in (2, 4, 8) if min(size) >= n * min_side), default=1)
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -66,4 +104,4 @@ def _on_white(picture: Image.Image) -> Image.Image:
         white = Image.new("RGB", rgba.size, "white")
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")

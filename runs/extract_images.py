@@ -29,6 +29,7 @@ from clip_finetune.config import ClipSettings
 from clip_finetune.config import ExtractSettings as ClipExtractSettings
 from contracts.embeddings import ShardedExtraction
 from contracts.errors import run_entry_point
+from contracts.images import open_picture
 from contracts.runs import RunFolder
 from contracts.settings import parse_settings
 from contracts.torch_setup import choose_device, choose_dtype, guard_torchvision, mixed_precision
@@ -102,6 +103,8 @@ class BothInputs(siglip_stage.Pictures):
 
     An item is ((CLIP's pixels, SigLIP's pixels), "") or (None, why there are none).
     """
+
+    read = staticmethod(open_picture)  # CLIP's transform takes a picture, not pixels
 
     def __init__(self, table: pd.DataFrame, folder: Path, clip: PriceClip, tower: Tower):
         super().__init__(table, folder, tower)

@@ -27,7 +27,7 @@ from contracts.catalog import read_table
 from contracts.embeddings import ShardedExtraction
 from contracts.errors import run_entry_point
 from contracts.files import atomic_write, read_json
-from contracts.images import UnreadablePicture, open_picture
+from contracts.images import UnreadablePicture, read_pixels
 from contracts.settings import parse_settings
 from contracts.splits import fitted_on, split_hash
 from contracts.torch_setup import choose_device, choose_dtype, guard_torchvision, seed_everything
@@ -45,6 +45,7 @@ class Pictures:
     """The rows of the image tower. An item is (pixels (3, S, S) uint8, "") or (None, why there are none)."""
 
     unit = "pictures"
+    read = staticmethod(read_pixels)
 
     def __init__(self, table: pd.DataFrame, folder: Path, tower: Tower):
         self.names, self.folder = table["image"].tolist(), folder
@@ -57,7 +58,7 @@ class Pictures:
         if not self.names[row]:
             return None, "no image link"
         try:
-            picture = open_picture(self.folder / self.names[row], min_side=self.size)
+            picture = self.read(self.folder / self.names[row], min_side=self.size)
         except UnreadablePicture as error:
             return None, str(error)
         return self.prepare(picture), ""

@@ -109,21 +109,22 @@ def image_tower(name: str, *, random_weights: bool = False) -> Tower:
     )  # fmt: skip
 
 
-def resize_like(processor, side: int, name: str) -> Callable[[Image.Image], torch.Tensor]:
-    """What `processor` makes of an RGB picture before it normalises, (3, side, side) uint8, in a third of its time.
+def resize_like(processor, side: int, name: str) -> Callable[[np.ndarray | Image.Image], torch.Tensor]:
+    """What `processor` makes of RGB pixels (H, W, 3) before it normalises: (3, side, side) uint8.
 
-    torch resizes the layout in which Pillow decodes, channels last, twice as fast as the planes that the processor
-    copies a picture into. The bytes are normalised on the model's device: a worker process hands over a quarter.
+    In a third of its time: torch resizes the layout in which pictures are decoded, channels last, twice as fast as the
+    planes that the processor copies a picture into. The bytes are normalised on the model's device: a worker process
+    hands over a quarter.
     """
     if processor.resample not in RESAMPLING:
         raise InputError(f"model {name}: its processor does not resize as SigLIP's do")
     mode = RESAMPLING[processor.resample]
 
-    def prepare(picture: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-        return torch.nn.functional.interpolate(pixels, (side, side), mode=mode, antialias=True)[
-            0
-        ].contiguous()
+    def prepare(picture: np.ndarray | Image.Image) -> torch.Tensor:
+        array = picture if isinstance(picture, np.ndarray) else np.array(picture)
+        pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
+        resized = torch.nn.functional.interpolate(pixels, (side, side), mode=mode, antialias=True)
+        return resized[0].contiguous()
 
     return prepare
 

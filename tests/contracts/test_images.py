@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contracts.images import UnreadablePicture, open_picture
+from contracts import images
+from contracts.images import UnreadablePicture, open_picture, read_pixels
 
 
 def png_that_unpacks_to(width, height):
@@ -51,8 +52,34 @@ def test_unusable_pictures(tmp_path, jpeg, content, reason):
         assert len(content) < 500_000
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UnreadablePicture, match=reason):
-        open_picture(path)
+    for read in (open_picture, read_pixels):
+        with pytest.raises(UnreadablePicture, match=reason):
+            read(path)
+
+
+def test_pixels_are_those_of_the_picture(tmp_path, jpeg, monkeypatch):
+    """Bit for bit, at every scale; JPEGs by libjpeg-turbo alone, everything out of the ordinary by Pillow."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = Image.effect_noise((407, 611), 60)
+    noise.convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
+    noise.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    noise.save(tmp_path / "grey.jpg")
+    noise.convert("RGBA").save(tmp_path / "p.png")
+    noise.convert("RGB").save(tmp_path / "progressive.jpg", progressive=True, subsampling=0)
+    (tmp_path / "garbage behind.jpg").write_bytes(jpeg.read_bytes() + b"more")
+    direct = []
+    decode = images.simplejpeg.decode_jpeg
+    monkeypatch.setattr(
+        images.simplejpeg, "decode_jpeg", lambda *a, **k: (direct.append(path.name), decode(*a, **k))[1]
+    )
+    for path in sorted(tmp_path.iterdir()):
+        for side in (None, 50, 101, 203, 240):
+            expected = np.asarray(open_picture(path, min_side=side))
+            pixels = read_pixels(path, min_side=side)
+            assert pixels.dtype == np.uint8 and pixels.flags.writeable
+            np.testing.assert_array_equal(pixels, expected, err_msg=f"{path.name} at {side}")
+    assert set(direct) == {"good.jpg", "grey.jpg", "progressive.jpg", "garbage behind.jpg"}
 
 
 def test_modes_become_rgb_on_white(tmp_path):
@@ -97,7 +124,9 @@ def test_real_pictures(challenge):
     reasons = {}
     for path in sorted((challenge / "images").iterdir()):
         try:
-            assert open_picture(path).mode == "RGB"
+            picture = open_picture(path, min_side=384)
+            assert picture.mode == "RGB"
+            np.testing.assert_array_equal(read_pixels(path, min_side=384), np.asarray(picture))
         except UnreadablePicture as error:
             reasons[path.name] = str(error)
     assert len(reasons) == 4, reasons  # one unreadable, three truncated by a few bytes

@@ -101,7 +101,7 @@ def test_every_picture_is_decoded_once(fresh, monkeypatch):
         opened.append(path)
         return open_picture(path, **options)
 
-    monkeypatch.setattr(siglip_stage, "open_picture", count)
+    monkeypatch.setattr(extract_images.BothInputs, "read", staticmethod(count))
     run_both(fresh)
     images = fresh.prepared("train")["image"]
     assert len(opened) == (images != "").sum()

@@ -73,6 +73,8 @@ ablation: .venv/installed
 	$(RUN) -m runs.ablation_study --workspace "$(OUT)" --resume
 
 # Every benchmark that fits this machine; the GPU rows are the same scripts with --device cuda.
+# Threads may spin while they wait: the machine does nothing else, or the figures mean nothing.
+bench: export OMP_WAIT_POLICY := ACTIVE
 bench: .venv/installed-dev
 	set -e; for row in fusion_training fusion_batches fusion_inference embeddings_reading image_extraction \
 		qwen_finetuning growth; do $(RUN) -m benchmarks.$$row; done

@@ -75,6 +75,7 @@ def machine(device: str = "cpu") -> dict[str, object]:
         "hardware": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} × {_processor()}",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "waiting_threads": os.environ.get("OMP_WAIT_POLICY", "as OpenMP comes").lower(),
         "gemm_flops": gemm_rate(device, dtype),
         "gemm_dtype": str(dtype).removeprefix("torch."),
         "bandwidth_bytes": copy_bandwidth(device),

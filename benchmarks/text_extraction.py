@@ -44,11 +44,11 @@ class TextExtractionSettings:
     """build the architecture without its pretrained weights"""
     data: str = "../shared/data/challenge"
     """folder with a train.csv to sample; where absent, texts are generated"""
-    texts: int = 128
+    texts: int = 384
     """how many"""
     max_length: int = 512
     """tokens of a text"""
-    tokens_per_batch: tuple[int, ...] = (1024, 2048, 4096, 16384)
+    tokens_per_batch: tuple[int, ...] = (2048, 1024)
     """our budgets to try: padded tokens a batch"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where to compute"""

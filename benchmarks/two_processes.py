@@ -5,8 +5,8 @@
 efficiency = time of one / (2 × time of two), for the same rows and the same updates. Timed is the work alone: an
 extraction from dealing the shards to the joined file, a training the epochs after the first, evaluation included;
 starting Python, importing and loading are not. Gradients cross once an update, so the size of the model and of the
-update decide: trained are all-MiniLM-L6-v2 with LoRA (--encoder), CLIP (--clip), and the specified fusion
-at a batch of 1024.
+update decide: trained are all-MiniLM-L6-v2 with LoRA (--encoder), CLIP (--clip) on 128 pictures an update, and the
+specified fusion at batches of 1024 and 4096.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class TwoProcessesSettings:
     """small tables and one round: does it run?"""
     rows: int = 10_000
     """rows to embed, with tiny encoders"""
-    train_rows: int = 600
+    train_rows: int = 1000
     """rows of the table that encoders are trained on"""
     fusion_rows: int = 20_000
     """rows of the table that fusion is trained on"""
     encoder: str = ""
     """folder or hub id of the text encoder to train; empty: the tiny one, all weights"""
-    clip: str = "tiny"
+    clip: str = "ViT-S-32-alt"
     """architecture of the CLIP to train, with random weights"""
     epochs: int = 2
     """epochs of a training; the first is not timed"""
@@ -84,8 +84,9 @@ def contests(settings: TwoProcessesSettings) -> list[Contest]:
                 alone=["--grad-accum", "2"], shared=["--grad-accum", "1"]),
         # an update's pictures are dealt to the processes
         Contest("clip_finetune training", "clip_finetune.train", [*tiny, "--model", settings.clip, "--random-weights"],
-                alone=["--batch-size", "64"], shared=["--batch-size", "32"]),
-        Contest("fusion training", "fusion.all_embeddings.train", [*epochs, "--batch-size", "1024"], of_fusion=True),
+                alone=["--batch-size", "128"], shared=["--batch-size", "64"]),
+        *(Contest(f"fusion training, batch {size}", "fusion.all_embeddings.train",
+                  [*epochs, "--batch-size", str(size)], of_fusion=True) for size in (1024, 4096)),
         Contest("qwen3_finetune extraction", "qwen3_finetune.extract_embeddings", ["test", "--name", EXTRACTED]),
         Contest("clip_finetune extraction", "clip_finetune.extract_embeddings", ["test", "--name", EXTRACTED]),
     ]  # fmt: skip
@@ -141,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(TwoProcessesSettings, argv, description=__doc__.split("\n")[0])
     if settings.quick:
         settings.rows, settings.train_rows, settings.fusion_rows, settings.rounds = 600, 300, 2000, 1
+        settings.clip = "tiny"
     rows = []
     with tempfile.TemporaryDirectory(prefix="two_processes") as folder:
         with_encoders, of_fusion = Path(folder, "encoders"), Path(folder, "fusion")

@@ -21,7 +21,7 @@ from fusion.blocks import FusionOutput
 from fusion.config import TrainingSettings
 from fusion.dataset import FusionTable
 from fusion.loss_functions import build_loss
-from fusion.processes import from_first_process, process, sum_gradients, whole_batch
+from fusion.processes import dealt, from_first_process, process, sum_gradients, whole_batch
 
 UNDER_15 = 2.772588722239781  # log1p($15)
 
@@ -243,7 +243,8 @@ def train(
         loss = train_epoch(step, *epoch_rows(table, fit, settings, epoch)).item()
         if run:
             run.log(epoch, **{"train/loss": loss, "lr": float(optimizer.param_groups[0]["lr"])})
-        price = predict(model, table, stop, target).double().expm1().numpy()
+        log_price = dealt(lambda rows: predict(model, table, rows, target), stop, step.device)
+        price = log_price.double().expm1().numpy()
         stop_smape = from_first_process(smape(stop_price, price))  # so that all stop at the same epoch
         if run:
             run.log(epoch, **{"stop/smape": stop_smape})

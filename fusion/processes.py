@@ -6,7 +6,7 @@ Legend: B batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,17 @@ def from_first_process(value: Any) -> Any:
     holder = [value]
     distributed.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def dealt(work: Callable[[Tensor], Tensor], rows: Tensor, device: torch.device) -> Tensor:
+    """work(rows), one number a row, float32 (n,) on the CPU; the processes share the rows."""
+    rank, processes = process()
+    if processes == 1:
+        return work(rows)
+    whole, share = torch.zeros(len(rows), device=device), slice(rank, None, processes)
+    whole[share] = work(rows[share]).to(device)
+    distributed.all_reduce(whole)
+    return whole.cpu()
 
 
 def whole_batch(output: FusionOutput, share: slice, size: int) -> FusionOutput:

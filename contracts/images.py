@@ -7,6 +7,7 @@ refused: ImageFile.LOAD_TRUNCATED_IMAGES would turn the missing part into grey p
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 40_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
+"""what Pillow raises on the content of a file"""
 
 
 class UnreadablePicture(Exception):
@@ -45,17 +48,14 @@ def read_pixels(path: Path | str, *, min_side: int | None = None) -> np.ndarray:
     """
     path = Path(path)
     with _header(path) as picture:
-        if (
-            picture.format == "JPEG"
-            and picture.mode in ("RGB", "L")
-            and picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        ):
-            reduction = _reduction(picture.size, min_side)
-            width, height = (-(-side // reduction) for side in picture.size)
-            try:
+        try:
+            upright = picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            if picture.format == "JPEG" and picture.mode in ("RGB", "L") and upright:
+                reduction = _reduction(picture.size, min_side)
+                width, height = (-(-side // reduction) for side in picture.size)
                 return simplejpeg.decode_jpeg(path.read_bytes(), "RGB", min_height=height, min_width=width)
-            except ValueError:
-                pass  # it refuses what libjpeg only warns of; Pillow knows which of that is damage
+        except DAMAGE:
+            pass  # refused is also what libjpeg only warns of; Pillow knows which of that is damage
         return np.array(_load(picture, min_side))
 
 
@@ -87,7 +87,7 @@ def _load(picture: Image.Image, min_side: int | None) -> Image.Image:
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
         return _on_white(picture)
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
+    except DAMAGE as error:
         raise UnreadablePicture(f"damaged ({str(error)[:60]})") from None
 
 

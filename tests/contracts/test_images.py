@@ -38,6 +38,7 @@ def jpeg(tmp_path):
         ("half", "damaged"),
         ("all but the last bytes", "damaged"),
         ("411 MB", "over 40,000,000 pixels"),
+        ("turned, but another EXIF field is text for a number", "damaged"),
     ],
 )
 def test_unusable_pictures(tmp_path, jpeg, content, reason):
@@ -50,6 +51,12 @@ def test_unusable_pictures(tmp_path, jpeg, content, reason):
     elif content == "411 MB":
         content = png_that_unpacks_to(11_700, 11_700)
         assert len(content) < 500_000
+    elif content and "EXIF" in str(content):
+        fields = bytes.fromhex(
+            "0129 0002 00000015 00000026  0112 0003 00000001 00060000"
+        )  # PageNumber, Orientation
+        exif = b"Exif\0\0MM\0*" + bytes.fromhex("00000008 0002") + fields + bytes(4) + b"x" * 20 + bytes(2)
+        content = good[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + good[2:]
     if content is not None:
         path.write_bytes(content)
     for read in (open_picture, read_pixels):

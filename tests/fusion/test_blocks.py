@@ -30,6 +30,14 @@ def test_branch_is_scale_linear_norm_gelu():
     assert branch.scale.grad.abs() > 1e-4, "the scale must not be cancelled by the LayerNorm"
 
 
+def test_branch_in_bf16_is_nearly_that_in_float():
+    branch, x = seeded(EmbeddingBranch, d_in=64, d_out=32, dropout=0.0).float(), torch.randn(9, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = branch(x, torch.arange(9) > 2)
+    assert half.dtype == torch.float32  # from the norm on
+    torch.testing.assert_close(half, branch(x, torch.arange(9) > 2), atol=0.03, rtol=0)
+
+
 def test_two_layer_branch_is_the_known_squeeze():
     with torch.device("meta"):
         branch = EmbeddingBranch(d_in=1152, d_out=512, dropout=0.25, depth=2)

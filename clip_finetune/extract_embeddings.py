@@ -17,13 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_finetune.config import ClipSettings, ExtractSettings
-from contracts.embeddings import ShardedExtraction, read_embeddings
+from contracts.embeddings import read_embeddings
 from contracts.errors import run_entry_point
 from contracts.files import atomic_write, read_json
-from contracts.runs import RunFolder
-from contracts.settings import parse_settings
 from contracts.splits import fitted_on, roles, split_hash
 from contracts.workspace import SPLITS, Workspace
+from training.extraction import ShardedExtraction
+from training.run_folder import RunFolder
+from training.settings import parse_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from accelerate import Accelerator
 
-    from contracts.torch_setup import choose_device, guard_torchvision, mixed_precision
+    from training.device import choose_device, guard_torchvision, mixed_precision
 
     guard_torchvision()
     from clip_finetune.model import load_model

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from clip_finetune.config import ClipSettings
 from contracts.errors import InputError
 from contracts.files import sha256_file, write_json
-from contracts.torch_setup import missing_model, require_model_source
+from training.device import missing_model, require_model_source
 
 TINY = {
     "embed_dim": 64,

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from clip_finetune.config import ClipSettings
 from contracts.errors import InputError
-from contracts.images import UnreadablePicture, open_picture
 from contracts.splits import Roles
 from contracts.workspace import Workspace
+from training.pictures import UnreadablePicture, open_picture
 
 CHARACTERS = 2000  # CLIP reads 77 tokens at most; cleaning the rest of a long text only costs time
 

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from clip_finetune.config import PRESETS, ClipSettings
 from contracts.errors import InputError, run_entry_point
-from contracts.plots import plot_training_curves
-from contracts.runs import RunFolder
-from contracts.settings import parse_settings
 from contracts.smape import best_constant, smape
 from contracts.splits import roles
 from contracts.workspace import Workspace
+from training.plots import plot_training_curves
+from training.run_folder import RunFolder
+from training.settings import parse_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from accelerate import Accelerator
 
-    from contracts.torch_setup import choose_device, guard_torchvision, mixed_precision, seed_everything
+    from training.device import choose_device, guard_torchvision, mixed_precision, seed_everything
 
     guard_torchvision()
     from clip_finetune.evaluation import evaluate

@@ -13,23 +13,17 @@ in that form (`index.json` written last) and is read shard by shard with `iterat
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 import pickle
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from contracts.errors import InputError
-from contracts.files import atomic_write, read_json, sha256_file, write_json
+from contracts.files import atomic_write, read_json, sha256_file, sidecar_of, write_json
 from contracts.splits import N_FOLDS
 
 SCHEMA = 1
@@ -81,13 +75,13 @@ def write_embeddings(path: Path | str, content: Embeddings) -> None:
         "sample_ids": content.sample_ids, "embeddings": np.ascontiguousarray(content.embeddings),
         "valid": content.valid, "meta": meta,
     }  # fmt: skip
-    _sidecar(path).unlink(
+    sidecar_of(path).unlink(
         missing_ok=True
     )  # a crash between the two renames leaves no json rather than a wrong one
     with atomic_write(path, "wb") as file:
         pickle.dump(as_dict, file, protocol=5)
     write_json(
-        _sidecar(path),
+        sidecar_of(path),
         {**meta, "rows": len(content.valid), "width": content.width, "sha256": sha256_file(path)},
     )
 
@@ -97,7 +91,7 @@ def read_embeddings(path: Path | str) -> Embeddings:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such embedding file; run the stage that writes it")
-    expected = read_json(_sidecar(path)).get("sha256")
+    expected = read_json(sidecar_of(path)).get("sha256")
     with ThreadPoolExecutor(1) as beside:  # hashing and parsing take about as long, and both release the GIL
         digest = beside.submit(sha256_file, path)
         try:
@@ -106,7 +100,7 @@ def read_embeddings(path: Path | str) -> Embeddings:
             # whatever the parser made of a file with another hash, or fell over, is dropped
             if digest.result() != expected:
                 raise InputError(
-                    f"{path}: sha256 differs from {_sidecar(path).name}; the file is damaged or was changed"
+                    f"{path}: sha256 differs from {sidecar_of(path).name}; the file is damaged or was changed"
                 ) from None
 
 
@@ -169,10 +163,6 @@ def _finite_rows(matrix: np.ndarray, rows: int = 1024) -> np.ndarray:
     return finite
 
 
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
 @dataclass
 class Aligned:
     """An embedding file brought into the order of a table; rows it does not have are invalid and zero."""
@@ -209,115 +199,6 @@ def align(content: Embeddings, sample_ids: np.ndarray, path: Path | str = "embed
     return Aligned(embeddings, valid, int(found.sum()))
 
 
-class ShardedExtraction:
-    """Resumable writing of one embedding file, shard by shard.
-
-    A shard counts as done only if its fingerprint (meta and the shard's ids) matches, so changing the model,
-    its weights or the table starts that shard again. Under torchrun the processes share the shards, which are then
-    of one size, at most `shard_rows`, and one or more for each process.
-
-        extraction = ShardedExtraction(path, sample_ids, meta, shard_rows=4096)
-        for rows in extraction.pending():           # rows: slice into sample_ids
-            extraction.write(rows, embeddings, valid)
-        if extraction.wait():                       # True in the first process
-            extraction.finish()
-    """
-
-    def __init__(
-        self, path: Path | str, sample_ids: np.ndarray, meta: dict[str, Any], shard_rows: int = 4096
-    ):
-        if shard_rows < 1:
-            raise InputError(f"--shard-rows {shard_rows}: must be at least 1")
-        self.path, self.meta = Path(path), meta
-        self.sample_ids = np.asarray(sample_ids, np.str_)
-        self.folder = self.path.with_name(self.path.name + ".shards")
-        self.process, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        n_rows, self._group = len(self.sample_ids), None
-        if self.processes > 1 and n_rows:
-            rounds = math.ceil(n_rows / (shard_rows * self.processes))
-            shard_rows = math.ceil(n_rows / (rounds * self.processes))
-        starts = range(0, n_rows, shard_rows)
-        self.shards = [slice(start, min(start + shard_rows, n_rows)) for start in starts]
-        self.shard_rows = shard_rows
-
-    def missing(self) -> list[slice]:
-        """The shards that no process has written yet."""
-        return [rows for rows in self.shards if not self._done(rows)]
-
-    def pending(self) -> list[slice]:
-        """Those of the missing shards that this process is to write."""
-        missing = self.missing()
-        self._barrier()  # all must see the same list before the first of them writes
-        return missing[self.process :: self.processes]
-
-    def wait(self) -> bool:
-        """Wait until every process has written its shards. True in the one process that then calls `finish`."""
-        self._barrier()
-        if self._group is not None:
-            import torch.distributed as dist
-
-            dist.destroy_process_group(self._group)
-            self._group = None
-        return self.process == 0
-
-    def _barrier(self) -> None:
-        if self.processes == 1:
-            return
-        import torch.distributed as dist
-
-        if self._group is None:
-            # the usual limits, 10 and 30 minutes, are shorter than a shard on a slow disk
-            day = timedelta(days=1)
-            if dist.is_initialized():
-                self._group = dist.new_group(backend="gloo", timeout=day)
-            else:
-                dist.init_process_group("gloo", timeout=day)
-                self._group = dist.group.WORLD
-        dist.barrier(self._group)
-
-    def write(self, rows: slice, embeddings: np.ndarray, valid: np.ndarray) -> None:
-        """Store one shard: embeddings (n, D_in), valid (n,) bool."""
-        (self.folder / "index.json").unlink(missing_ok=True)  # the folder is no longer what it lists
-        meta = {**self.meta, "fingerprint": self._fingerprint(rows)}
-        write_embeddings(self._file(rows), Embeddings(self.sample_ids[rows], embeddings, valid, meta))
-
-    def finish(self, keep_shards: bool = False) -> None:
-        """Join the shards into the one pickle, or with `keep_shards` write the index that completes the folder."""
-        if missing := self.missing():
-            raise InputError(f"{self.folder}: {len(missing)} of {len(self.shards)} shards are not written")
-        if keep_shards:
-            files = [self._file(rows).name for rows in self.shards]
-            # what other --shard-rows or another number of processes left
-            for other in set(self.folder.glob("[0-9]*.pkl")) - {self.folder / name for name in files}:
-                _sidecar(other).unlink(missing_ok=True)
-                other.unlink()
-            write_json(
-                self.folder / "index.json", {**self.meta, "rows": len(self.sample_ids), "shards": files}
-            )
-            return
-        embeddings, valid = None, np.zeros(len(self.sample_ids), bool)
-        for rows in self.shards:
-            shard = read_embeddings(self._file(rows))
-            if embeddings is None:
-                embeddings = np.empty((len(self.sample_ids), shard.width), shard.embeddings.dtype)
-            embeddings[rows], valid[rows] = shard.embeddings, shard.valid
-        write_embeddings(self.path, Embeddings(self.sample_ids, embeddings, valid, self.meta))
-        shutil.rmtree(self.folder)
-
-    def _file(self, rows: slice) -> Path:
-        return self.folder / f"{rows.start // self.shard_rows:05d}.pkl"
-
-    def _fingerprint(self, rows: slice) -> str:
-        # the command line may differ between start and resume
-        meta = {key: value for key, value in self.meta.items() if key != "command"}
-        content = json.dumps([meta, self.sample_ids[rows].tolist()], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-    def _done(self, rows: slice) -> bool:
-        sidecar = _sidecar(self._file(rows))
-        return sidecar.is_file() and read_json(sidecar).get("fingerprint") == self._fingerprint(rows)
-
-
 def iterate_embeddings(path: Path | str) -> Iterator[Embeddings]:
     """Read an embedding file shard by shard, whichever of the two forms it has."""
     path = Path(path)
@@ -331,7 +212,7 @@ def iterate_embeddings(path: Path | str) -> Iterator[Embeddings]:
 
 def is_current(path: Path | str, meta: dict[str, Any]) -> bool:
     """Whether the file is there and was made with this meta: same rows, weights and settings, whatever the command."""
-    if not _sidecar(Path(path)).is_file():
+    if not sidecar_of(Path(path)).is_file():
         return False
-    stored = read_json(_sidecar(Path(path)))
+    stored = read_json(sidecar_of(Path(path)))
     return all(stored.get(key) == value for key, value in meta.items() if key != "command")

@@ -34,6 +34,12 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def sidecar_of(path: Path | str) -> Path:
+    """The json file beside a data file that says where its content comes from and holds its sha256."""
+    path = Path(path)
+    return path.with_name(path.name + ".json")
+
+
 def write_json(path: Path | str, content: object) -> None:
     with atomic_write(path) as file:
         json.dump(content, file, indent=2, ensure_ascii=False)

@@ -60,7 +60,7 @@ ARTEFACTS = {
         "test_out.csv", "fusion.*.predict_test", "-", "sample_id",
         "price float64, finite, > 0; ids and order of test.csv",
     ),
-    "report": Artefact("report.html", "runs.report", "-", "-", "scores, plots and problems on one page"),
+    "report": Artefact("report.html", "pipeline.report", "-", "-", "scores, plots and problems on one page"),
 }  # fmt: skip
 
 _PREPARED_NUMBERS = (

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write
-from contracts.images import UnreadablePicture, open_picture
-from contracts.settings import parse_settings
 from contracts.workspace import REPOSITORY, SPLITS, Workspace
+from training.pictures import UnreadablePicture, open_picture
+from training.settings import parse_settings
 
 FIRST_BACKOFF = 1.0  # seconds before the first retry; doubles each time
 # no bare OSError: a full disk must end the run, not become a missing picture

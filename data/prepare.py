@@ -19,10 +19,10 @@ from tqdm import tqdm
 from contracts.catalog import CatalogReport, read_catalog
 from contracts.errors import run_entry_point
 from contracts.files import atomic_write, sha256_file, write_json
-from contracts.settings import parse_settings
 from contracts.splits import N_FOLDS, assign_folds, write_folds
 from contracts.workspace import REPOSITORY, Workspace
 from data.quantity import parse_quantity
+from training.settings import parse_settings
 
 ITEM_NAME = re.compile(r"Item Name:[ \t]*(.*)")
 SAFE_FILE_NAME = re.compile(r"[\w+%@=,~-][\w+%@=,~.() -]{0,150}")

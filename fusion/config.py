@@ -26,7 +26,7 @@ class TrainingSettings:
     allow_leak: bool = False
     """Score rows that an encoder was fitted on, under the name "leaked", instead of refusing."""
     loss: LossName = "focal_smape"
-    """Training loss, chosen by results/ablation_*.csv; the metric is always plain SMAPE."""
+    """Training loss, chosen by studies/results/ablation_*.csv; the metric is always plain SMAPE."""
     target: Literal["log_price", "price"] = "log_price"
     """What the model's output means; price (in units of the mean price, Huber loss) is an ablation."""
     under_15_weight: float = 10.0

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from contracts.files import atomic_write, write_json
-from contracts.plots import plot_error_by_price
 from contracts.smape import price_bin, smape_by_group, smape_with_error
 from fusion.dataset import FusionTable
+from training.plots import plot_error_by_price
 
 
 def modalities_present(table: FusionTable) -> np.ndarray:
@@ -60,7 +60,7 @@ def write_scores(
 
 
 def _plot_groups(path: Path, groups: pd.DataFrame) -> None:
-    from contracts.plots import figure_at
+    from training.plots import figure_at
 
     tables = [(name, part) for name, part in groups.groupby("grouping", sort=False) if name != "all"]
     with figure_at(path, columns=len(tables), width=4.2, height=3.4) as (_, axes):

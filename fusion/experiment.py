@@ -18,15 +18,15 @@ from torch import nn
 from contracts import splits
 from contracts.errors import InputError
 from contracts.files import atomic_write, read_json, write_json
-from contracts.plots import plot_training_curves
-from contracts.runs import RunFolder
-from contracts.torch_setup import choose_device, seed_everything
 from contracts.workspace import Workspace
 from fusion.config import TrainingSettings
 from fusion.dataset import FusionTable, check_no_leak, embedding_files, load_table
 from fusion.evaluation import write_scores
 from fusion.loop import Target, predict, train
 from fusion.processes import process, process_group
+from training.device import choose_device, seed_everything
+from training.plots import plot_training_curves
+from training.run_folder import RunFolder
 
 BuildModel = Callable[[Any, dict[str, int]], nn.Module]
 

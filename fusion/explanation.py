@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from contracts.errors import InputError
 from contracts.files import atomic_write
-from contracts.plots import figure_at
 from contracts.smape import smape
 from contracts.workspace import STRUCTURAL_FEATURES, Workspace
 from fusion.dataset import FusionTable
 from fusion.experiment import TrainedModel, validation_rows
 from fusion.loop import predict
+from training.plots import figure_at
 
 UP, DOWN = "#c0504d", "#4f81bd"
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from contracts.runs import RunFolder
 from contracts.smape import smape
 from fusion.blocks import FusionOutput
 from fusion.config import TrainingSettings
 from fusion.dataset import FusionTable
 from fusion.loss_functions import build_loss
 from fusion.processes import dealt, from_first_process, process, sum_gradients, whole_batch
+from training.run_folder import RunFolder
 
 UNDER_15 = 2.772588722239781  # log1p($15)
 

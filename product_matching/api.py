@@ -20,9 +20,9 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from contracts.errors import InputError, run_entry_point
-from contracts.settings import parse_settings
 from product_matching.config import ServeSettings
 from product_matching.search import Matcher
+from training.settings import parse_settings
 
 
 class MatchRequest(BaseModel):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from contracts.errors import InputError
-from contracts.torch_setup import (
+from product_matching.config import MAX_CHARACTERS
+from training.device import (
     choose_device,
     guard_torchvision,
     missing_model,
     require_model_source,
 )
-from product_matching.config import MAX_CHARACTERS
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -1,7 +1,8 @@
 """Score an encoder on labelled pairs: retrieval in the other catalogue, and the pair decision.
 
     python -m product_matching.evaluate --pairs ../shared/data/matching/walmart_amazon \\
-        --model checkpoints/product_matching/model --name "LoRA, seed 0" --out results/product_matching_walmart.csv
+        --model checkpoints/product_matching/model --name "LoRA, seed 0" \\
+        --out studies/results/product_matching_walmart.csv
 
 Queries are the left records of the split's matches, the corpus is every right record. The pair threshold is
 the best one on the validation pairs, whatever split is scored.
@@ -21,11 +22,11 @@ import pandas as pd
 from contracts.catalog import read_table
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write, write_json
-from contracts.settings import parse_settings
 from product_matching.catalogue import product_text
 from product_matching.config import EvaluateSettings
 from product_matching.encoder import encode, load_encoder
 from product_matching.pairs import Pairs, read_pairs
+from training.settings import parse_settings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

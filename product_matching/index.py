@@ -24,9 +24,9 @@ import pandas as pd
 
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write, read_json, sha256_file, write_json
-from contracts.settings import parse_settings
 from product_matching.catalogue import check_catalogue, product_text, read_catalogue
 from product_matching.config import IndexSettings
+from training.settings import parse_settings
 
 if TYPE_CHECKING:
     import faiss

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from contracts.errors import InputError
-from contracts.torch_setup import guard_torchvision
+from training.device import guard_torchvision
 
 if TYPE_CHECKING:
     from peft import LoraModel

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from contracts.catalog import read_table
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write
-from contracts.settings import parse_settings
 from product_matching.catalogue import COLUMNS, check_catalogue, product_text, read_catalogue
 from product_matching.config import PairSettings
+from training.settings import parse_settings
 
 SPLITS = ("train", "valid", "test")
 _COLUMN_OF_FIELD = {"name": "title", "modelno": "model"}

@@ -23,11 +23,11 @@ import pandas as pd
 
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write
-from contracts.settings import parse_settings
 from contracts.smape import smape
 from contracts.splits import N_FOLDS, N_HOLDOUTS
 from contracts.workspace import Workspace
 from product_matching.config import PriceSettings
+from training.settings import parse_settings
 
 FOLDS_PER_HOLDOUT = N_FOLDS // N_HOLDOUTS
 

@@ -21,8 +21,8 @@ import pandas as pd
 
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write
-from contracts.settings import parse_settings
 from product_matching.catalogue import COLUMNS, product_text
+from training.settings import parse_settings
 
 BRANDS = ("Alderby", "Bexley", "Corvane", "Dorrin", "Estrel", "Fennick", "Garnock", "Harlowe", "Imbry", "Kestrow",
           "Lomond", "Marrick")  # fmt: skip
@@ -114,7 +114,7 @@ def write_tiny_encoder(
     folder: Path, texts: list[str], *, width: int = 64, layers: int = 2, seed: int = 0
 ) -> None:
     """Save a small BERT with random weights, mean pooling and the words of `texts` as a model folder."""
-    from contracts.torch_setup import guard_torchvision, seed_everything
+    from training.device import guard_torchvision, seed_everything
 
     guard_torchvision()
     seed_everything(seed)

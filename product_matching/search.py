@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from contracts.errors import InputError, run_entry_point
-from contracts.settings import parse_settings
 from product_matching.catalogue import product_text
 from product_matching.config import SearchSettings
 from product_matching.encoder import encode, load_encoder
 from product_matching.evaluate import Calibration
 from product_matching.index import CatalogueIndex
+from training.settings import parse_settings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 from contracts.errors import InputError, run_entry_point
 from contracts.files import write_json
-from contracts.plots import plot_training_curves
-from contracts.runs import RunFolder, random_state, restore_random_state
-from contracts.settings import parse_settings
-from contracts.torch_setup import choose_dtype, seed_everything
 from contracts.workspace import Workspace
 from product_matching.catalogue import product_text
 from product_matching.config import TrainSettings
 from product_matching.pairs import Pairs, pair_files, read_pairs
 from product_matching.triplets import mine_triplets, training_pairs
+from training.device import choose_dtype, seed_everything
+from training.plots import plot_training_curves
+from training.run_folder import RunFolder, random_state, restore_random_state
+from training.settings import parse_settings
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from torch import nn
 
 from contracts.errors import InputError
 from contracts.files import read_json
-from contracts.torch_setup import choose_dtype, guard_torchvision, missing_model, require_model_source
 from qwen3_finetune.config import ARCHITECTURES, QwenSettings
+from training.device import choose_dtype, guard_torchvision, missing_model, require_model_source
 
 POOLING_NAMES = (
     ("last", "lasttoken", "lasttoken"),

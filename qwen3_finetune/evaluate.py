@@ -13,11 +13,11 @@ import numpy as np
 
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write, write_json
-from contracts.settings import parse_settings
 from contracts.smape import best_constant, price_bin, smape, smape_by_group, smape_with_error
 from qwen3_finetune.config import ApplySettings
 from qwen3_finetune.data import read_rows
 from qwen3_finetune.finished import FinishedRun
+from training.settings import parse_settings
 
 
 def evaluate(settings: ApplySettings) -> float:
@@ -25,7 +25,7 @@ def evaluate(settings: ApplySettings) -> float:
 
     Raises InputError for a run that kept no rows for validation.
     """
-    from contracts.plots import plot_error_by_price
+    from training.plots import plot_error_by_price
 
     finished = FinishedRun(settings)
     folds = finished.settings.roles

@@ -17,16 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from contracts.embeddings import ShardedExtraction, is_current, iterate_embeddings
+from contracts.embeddings import is_current, iterate_embeddings
 from contracts.errors import run_entry_point
 from contracts.files import atomic_write, sha256_file
-from contracts.runs import RunFolder
-from contracts.settings import parse_settings
 from contracts.splits import fitted_on, fitted_out_of_fold, split_hash
 from contracts.workspace import SPLITS, STRUCTURAL_FEATURES, Workspace
 from qwen3_finetune.config import ExtractSettings, QwenSettings
 from qwen3_finetune.data import TextRows, predictions_table, read_rows
 from qwen3_finetune.finished import finished_folder, is_out_of_fold, open_run
+from training.extraction import ShardedExtraction
+from training.run_folder import RunFolder
+from training.settings import parse_settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:

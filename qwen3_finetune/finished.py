@@ -14,11 +14,11 @@ import numpy as np
 
 from contracts.errors import InputError
 from contracts.files import read_json, sha256_file
-from contracts.runs import RunFolder
 from contracts.splits import roles
 from contracts.workspace import STRUCTURAL_FEATURES, Workspace
 from qwen3_finetune.config import ApplySettings, QwenSettings, choose_tokens_per_batch, part_name
 from qwen3_finetune.data import TextInputs, TextRows, Tokenize, read_rows
+from training.run_folder import RunFolder
 
 N_STRUCTURAL = len(STRUCTURAL_FEATURES)
 ALIGNMENT_ROWS = 2048
@@ -53,9 +53,9 @@ class FinishedRun:
     """
 
     def __init__(self, apply: ApplySettings):
-        from contracts.torch_setup import choose_device, choose_dtype
         from qwen3_finetune.encoder import load_tokenizer
         from qwen3_finetune.model import build_model
+        from training.device import choose_device, choose_dtype
 
         self.workspace = Workspace(apply.workspace)
         self.run = finished_folder(self.workspace, apply.run)

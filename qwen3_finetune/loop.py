@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from contracts.errors import InputError
-from contracts.runs import RunFolder
 from contracts.smape import smape
-from contracts.torch_setup import choose_dtype
 from qwen3_finetune.config import QwenSettings, choose_tokens_per_batch
 from qwen3_finetune.data import TextInputs, TextRows, Tokenize, train_tokenizer, training_batches
 from qwen3_finetune.encoder import architecture, load_tokenizer
 from qwen3_finetune.loss import price_loss
 from qwen3_finetune.model import PriceModel, build_model, encode, save_model
+from training.device import choose_dtype
+from training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

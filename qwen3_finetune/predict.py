@@ -15,11 +15,11 @@ import numpy as np
 
 from contracts.errors import run_entry_point
 from contracts.files import atomic_write
-from contracts.settings import parse_settings
 from contracts.workspace import SPLITS, Workspace
 from qwen3_finetune.config import ApplySettings
 from qwen3_finetune.data import predictions_table, read_rows
 from qwen3_finetune.finished import open_run
+from training.settings import parse_settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from contracts.errors import run_entry_point
-from contracts.runs import RunFolder
-from contracts.settings import parse_settings
 from contracts.workspace import Workspace
 from qwen3_finetune.config import PRESETS, QwenSettings
 from qwen3_finetune.data import TextRows, read_rows
+from training.run_folder import RunFolder
+from training.settings import parse_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def train(settings: QwenSettings) -> None:
-    from contracts.torch_setup import choose_device, guard_torchvision, mixed_precision
+    from training.device import choose_device, guard_torchvision, mixed_precision
 
     workspace = Workspace(settings.workspace)
     rows, device = read_rows(workspace, "train"), choose_device(settings.device)
@@ -104,9 +104,9 @@ def describe(settings: QwenSettings, model: PriceModel, rows: TextRows) -> None:
 
 def finish(settings: QwenSettings, training: Training) -> None:
     """Draw the curves, mark the run complete and score the best epoch on the validation folds."""
-    from contracts.plots import plot_training_curves
     from qwen3_finetune.config import ApplySettings
     from qwen3_finetune.evaluate import evaluate
+    from training.plots import plot_training_curves
 
     run, progress = training.run, training.progress
     plot_training_curves(run.path / "training_curves.png", run.metrics(), title=settings.run)

@@ -24,15 +24,15 @@ import pandas as pd
 from tqdm import tqdm
 
 from contracts.catalog import read_table
-from contracts.embeddings import ShardedExtraction
 from contracts.errors import run_entry_point
 from contracts.files import atomic_write, read_json
-from contracts.images import UnreadablePicture, read_pixels
-from contracts.settings import parse_settings
 from contracts.splits import fitted_on, split_hash
-from contracts.torch_setup import choose_device, choose_dtype, guard_torchvision, seed_everything
 from contracts.workspace import SPLITS, Workspace
 from siglip_extract.config import PRESETS, Settings
+from training.device import choose_device, choose_dtype, guard_torchvision, seed_everything
+from training.extraction import ShardedExtraction
+from training.pictures import UnreadablePicture, read_pixels
+from training.settings import parse_settings
 
 if TYPE_CHECKING:
     import torch

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from contracts.errors import InputError
 from contracts.files import atomic_write
-from contracts.torch_setup import missing_model, require_model_source
+from training.device import missing_model, require_model_source
 
 # What the published config.json files say; used only with random weights.
 VISION_CONFIGS = {

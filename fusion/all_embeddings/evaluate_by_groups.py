@@ -6,10 +6,10 @@ python -m fusion.all_embeddings.evaluate_by_groups --workspace OUT
 from __future__ import annotations
 
 from contracts.errors import run_entry_point
-from contracts.settings import parse_settings
 from contracts.workspace import Workspace
 from fusion.all_embeddings.config import AllEmbeddingsSettings, build_model
 from fusion.config import ApplySettings
+from training.settings import parse_settings
 
 
 def main(argv: list[str] | None = None) -> dict:

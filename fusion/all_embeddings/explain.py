@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from contracts.errors import InputError, run_entry_point
-from contracts.settings import parse_settings
 from contracts.workspace import REPOSITORY, Workspace
 from fusion.all_embeddings.config import AllEmbeddingsSettings, build_model
+from training.settings import parse_settings
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from contracts.errors import run_entry_point
-from contracts.settings import parse_settings
 from contracts.workspace import Workspace
 from fusion.all_embeddings.config import AllEmbeddingsSettings, build_model
 from fusion.config import ApplySettings
+from training.settings import parse_settings
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from contracts.errors import run_entry_point
-from contracts.settings import parse_settings
 from fusion.all_embeddings.config import PRESETS, AllEmbeddingsSettings, build_model
+from training.settings import parse_settings
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -6,10 +6,10 @@ python -m fusion.qwen_clip.evaluate_by_groups --workspace OUT
 from __future__ import annotations
 
 from contracts.errors import run_entry_point
-from contracts.settings import parse_settings
 from contracts.workspace import Workspace
 from fusion.config import ApplySettings
 from fusion.qwen_clip.config import QwenClipSettings, build_model
+from training.settings import parse_settings
 
 
 def main(argv: list[str] | None = None) -> dict:

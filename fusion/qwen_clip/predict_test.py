@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from contracts.errors import run_entry_point
-from contracts.settings import parse_settings
 from contracts.workspace import Workspace
 from fusion.config import ApplySettings
 from fusion.qwen_clip.config import QwenClipSettings, build_model
+from training.settings import parse_settings
 
 
 def main(argv: list[str] | None = None) -> None:

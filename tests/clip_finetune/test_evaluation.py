@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from clip_finetune.loss import contrastive_loss
-from contracts.torch_setup import guard_torchvision
+from training.device import guard_torchvision
 
 guard_torchvision()
 from clip_finetune.evaluation import retrieval  # noqa: E402

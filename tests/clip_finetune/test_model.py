@@ -6,7 +6,7 @@ import torch
 
 from clip_finetune.config import PRESETS, ClipSettings
 from contracts.errors import InputError
-from contracts.torch_setup import guard_torchvision
+from training.device import guard_torchvision
 
 guard_torchvision()
 from clip_finetune.model import (  # noqa: E402

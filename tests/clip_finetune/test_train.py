@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from clip_finetune import extract_embeddings, train
 from contracts.embeddings import read_embeddings
 from contracts.errors import InputError
-from contracts.runs import RunFolder
 from contracts.splits import roles, split_hash
 from contracts.workspace import Workspace
+from training.run_folder import RunFolder
 
 FLAGS = ["--preset", "tiny", "--device", "cpu", "--batch-size", "32", "--grad-accum", "2", "--epochs", "2"]
 

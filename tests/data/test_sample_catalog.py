@@ -10,10 +10,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from contracts.errors import InputError
-from contracts.images import UnreadablePicture, open_picture
 from contracts.smape import best_constant, smape
 from data import sample_catalog
 from data.sample_catalog import CATEGORIES, GRADE, NOISE_SIGMA, UNITS, best_possible_smape, draw_products
+from training.pictures import UnreadablePicture, open_picture
 
 
 @pytest.fixture(scope="module")

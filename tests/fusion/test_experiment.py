@@ -217,7 +217,7 @@ def test_resumed_equals_uninterrupted(workspace, monkeypatch):
     flags = [*QUICK, "--epochs", "6", "--checkpoint-epochs", "2", "--dropout", "0.3"]
     whole = train.main(at(workspace, *flags, "--run", "whole"))
 
-    from contracts.runs import RunFolder
+    from training.run_folder import RunFolder
 
     log = RunFolder.log
 

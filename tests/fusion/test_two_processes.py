@@ -10,9 +10,9 @@ import pytest
 from contracts import splits
 from contracts.catalog import read_table
 from contracts.embeddings import Embeddings, write_embeddings
-from contracts.runs import RunFolder
 from contracts.workspace import Workspace
 from fusion.all_embeddings import train
+from training.run_folder import RunFolder
 
 # 280 rows to fit: the last batch has one row, so that the second process gets none of it
 FLAGS = "--preset tiny --width 16 --heads 2 --dropout 0 --auxiliary-under-15 --epochs 8 --batch-size 93"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from contracts.torch_setup import guard_torchvision
+from training.device import guard_torchvision
 
 guard_torchvision()
 

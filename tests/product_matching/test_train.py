@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from contracts.errors import InputError
-from contracts.runs import RunFolder
 from product_matching import train as stage
 from product_matching.config import TrainSettings
 from product_matching.encoder import encode, load_encoder
 from product_matching.evaluate import retrieval
 from product_matching.pairs import read_pairs
+from training.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from contracts.errors import InputError
-from contracts.torch_setup import guard_torchvision
 from contracts.workspace import Workspace
 from qwen3_finetune.data import TextInputs, Tokenize, pad, read_rows, train_tokenizer, training_batches
+from training.device import guard_torchvision
 
 TEXT = "Honey [SEP] Item Name: Honey\nBullet Point 1: {}\nValue: 24.0\nUnit: Ounce\n"
 

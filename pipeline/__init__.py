@@ -1,0 +1,1 @@
+"""All stages in order, the score table and the report page."""

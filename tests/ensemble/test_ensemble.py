@@ -1,0 +1,89 @@
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from contracts.catalog import read_table
+from contracts.errors import InputError
+from contracts.files import read_json
+from contracts.smape import smape
+from contracts.workspace import Workspace
+from ensemble import train
+from ensemble.weights import fit_weights, interval_half_width
+
+
+@pytest.fixture
+def workspace(sample_workspace, tmp_path):
+    """Three models: two good ones with independent errors, and noise."""
+    shutil.copytree(sample_workspace / "data", tmp_path / "data")
+    workspace, generator = Workspace(tmp_path), np.random.default_rng(0)
+    for split in ("train", "test"):
+        table = workspace.prepared(split)
+        ln_price = np.log(table["price"]) if split == "train" else generator.normal(2.5, 1, len(table))
+        for name, error in (("a", 0.4), ("b", 0.4), ("noise", 3.0)):
+            predicted = ln_price + generator.normal(0, error, len(table))
+            path = workspace.path("predictions", name=name, split=split)
+            path.parent.mkdir(exist_ok=True)
+            table[["sample_id"]].assign(log_price=np.log1p(np.exp(predicted))).to_csv(path, index=False)
+    return workspace
+
+
+def test_weights_find_the_mean_of_two_independent_models():
+    generator = np.random.default_rng(1)
+    ln_price = generator.normal(2.5, 1, 4000)
+    predicted = ln_price[:, None] + generator.normal(0, [0.4, 0.4, 3.0], (4000, 3))
+    weights = fit_weights(predicted, ln_price)
+    assert weights.sum() == pytest.approx(1)
+    np.testing.assert_allclose(weights, [0.5, 0.5, 0.0], atol=0.06)
+    best = smape(np.exp(ln_price), np.exp(predicted @ weights))
+    grid = [(x, 1 - x - z, z) for x in np.linspace(0, 1, 21) for z in (0, 0.05, 0.1) if x + z <= 1]
+    assert best <= min(smape(np.exp(ln_price), np.exp(predicted @ np.array(w))) for w in grid) + 0.02
+
+
+def test_intervals_cover_new_rows_as_often_as_they_say():
+    generator = np.random.default_rng(2)
+    covered = []
+    for _ in range(200):
+        error, new = generator.standard_t(3, (2, 300))
+        factor = interval_half_width(error, np.ones(300), 0.8)
+        covered.append(np.mean(np.abs(new) <= factor))
+    assert 0.79 < np.mean(covered) < 0.82
+    assert interval_half_width(np.ones(3), np.ones(3), 0.95) == np.inf  # too few rows to promise 95 %
+
+
+def test_ensemble_beats_its_members_and_writes_every_test_row(workspace):
+    summary = train.main(["--workspace", str(workspace.root), "--intervals"])
+    members = {line["model"]: line for line in summary["members"]}
+    assert set(members) == {"a", "b", "noise"}
+    assert summary["smape"] < min(members["a"]["smape_alone"], members["b"]["smape_alone"]) - 3
+    assert members["noise"]["weight"] < 0.05
+    assert members["a"]["smape_without_it"] > summary["smape"] + 3
+    assert summary["coverage"]["80%"] == pytest.approx(0.8, abs=0.06)
+    assert summary["coverage"]["95%"] == pytest.approx(0.95, abs=0.03)
+
+    submission = read_table(workspace.path("submission"))
+    assert list(submission.columns) == ["sample_id", "price"]
+    assert submission["sample_id"].tolist() == workspace.prepared("test")["sample_id"].tolist()
+    intervals = pd.read_csv(workspace.root / "test_intervals.csv")
+    ordered = intervals[["low_95%", "low_80%", "price", "high_80%", "high_95%"]].to_numpy()
+    assert (np.diff(ordered, axis=1) > 0).all()
+    stored = read_json(workspace.path("run", name="ensemble") / "summary.json")
+    assert stored["smape"] == pytest.approx(summary["smape"])
+
+
+def test_a_model_that_lacks_rows_is_left_out_or_refused_by_name(workspace):
+    path = workspace.path("predictions", name="b", split="train")
+    read_table(path).head(100).to_csv(path, index=False)
+    assert {line["model"] for line in train.main(["--workspace", str(workspace.root)])["members"]} == {
+        "a",
+        "noise",
+    }
+    with pytest.raises(InputError, match="b_train.csv: no prediction for 300 rows.*not out of fold"):
+        train.main(["--workspace", str(workspace.root), "--members", "a", "b"])
+
+
+def test_no_member_at_all(workspace):
+    shutil.rmtree(workspace.root / "predictions")
+    with pytest.raises(InputError, match="no model has predicted all rows"):
+        train.main(["--workspace", str(workspace.root)])

@@ -1,0 +1,157 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from contracts.errors import InputError
+from contracts.smape import smape
+from contracts.workspace import Workspace
+from word_models import kernel
+from word_models.config import WordModelSettings
+from word_models.features import build_features, structural_fields
+from word_models.kernel import KernelModel, Similarity, compare, differences, learn
+from word_models.models import MODELS
+from word_models.surroundings import COLUMNS, POWERS, SLOPE_PRIOR, USUAL_SLOPE, surroundings
+
+SETTINGS = WordModelSettings(model="kernel", kernel_steps=15)
+
+
+@pytest.fixture(scope="module")
+def products(sample_workspace):
+    """Features and ln price of 400 rows; two views of meaning, and a column that an embedding file has named."""
+    workspace = Workspace(sample_workspace)
+    table = workspace.prepared("train")
+    features, _ = build_features(table, workspace.prepared("test"))
+    ln_price = np.log(table["price"].to_numpy())
+    hint = ln_price + np.random.default_rng(0).normal(0, 0.3, len(ln_price))
+    structural = np.hstack([features.structural, hint[:, None]]).astype(np.float32)
+    return replace(features, structural=structural, meanings=features.meanings[:2]), ln_price
+
+
+def test_similarity_is_the_formula(products):
+    """Against a plain loop on a few pairs."""
+    features, _ = products
+    fit, asked = features[np.arange(12)], features[np.arange(12, 15)]
+    compared = differences(asked, fit)
+    similarity = Similarity.start(len(compared), len(fit.compared_amounts), seed=0)
+    found = similarity(compared)
+
+    def cosine(a, b):
+        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+    fields = structural_fields()
+    assert [fields[columns].tolist() for columns in fit.compared_amounts[6:7]] == [["unit kind"] * 4]
+    assert fit.compared_amounts[-1] == [len(fields)]  # the named column
+    for i in range(3):
+        for j in range(12):
+            unlike = [
+                1 - cosine(asked.terms[[i], block].toarray()[0], fit.terms[[j], block].toarray()[0])
+                for block in fit.compared_blocks
+            ]
+            unlike += [1 - cosine(a[i], f[j]) for a, f in zip(asked.meanings, fit.meanings, strict=True)]
+            unlike += [
+                0.5 * ((asked.structural[i, columns] - fit.structural[j, columns]) ** 2).sum()
+                for columns in fit.compared_amounts
+            ]
+            exponent = -(similarity.rate.exp().numpy() * np.array(unlike)).sum(axis=1)
+            expected = (similarity.scale.exp().numpy() * np.exp(exponent)).sum()
+            assert found[i, j].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_left_out_price_is_the_price_without_the_row(products):
+    features, ln_price = products
+    rows = np.arange(60)
+    model = KernelModel.fit(SETTINGS, features[rows], ln_price[:60])
+    gram = model.similarity(differences(features[rows], features[rows])).double().numpy()
+    noise, known = float(model.similarity.noise.exp()), ln_price[:60] - ln_price[:60].mean()
+    for left in (0, 17, 59):
+        others = rows != left
+        weights = np.linalg.solve(gram[np.ix_(others, others)] + noise * np.eye(59), known[others])
+        expected = ln_price[:60].mean() + gram[left, others] @ weights
+        assert model.left_out.ln_price[left] == pytest.approx(expected, abs=2e-3)
+
+
+def test_predictions_do_not_depend_on_the_slab(products, monkeypatch):
+    features, ln_price = products
+    model = KernelModel.fit(SETTINGS, features[np.arange(200)], ln_price[:200])
+    asked = features[np.arange(200, 400)]
+    whole = model.estimate(asked)
+    monkeypatch.setattr(kernel, "SLAB", 37)
+    slabs = model.estimate(asked)
+    np.testing.assert_allclose(slabs.ln_price, whole.ln_price, rtol=1e-5)
+    np.testing.assert_allclose(slabs.surroundings, whole.surroundings, atol=1e-4)
+
+
+def test_surroundings_are_weighted_least_squares():
+    """Against numpy's weighted fit; the line is drawn towards the usual slope by a prior."""
+    rng = np.random.default_rng(0)
+    similarity, ln_price, fit_amount, amount = (
+        rng.random((3, 40)),
+        *rng.normal(size=(2, 40)),
+        rng.normal(size=3),
+    )
+    found = surroundings(*(torch.from_numpy(x) for x in (np.log(similarity), ln_price, fit_amount, amount)))
+    assert found.shape == (3, len(POWERS), len(COLUMNS))
+    for row in range(3):
+        for power, columns in zip(POWERS, found[row].tolist(), strict=True):
+            weights = similarity[row] ** power / (similarity[row] ** power).sum()
+            mean, mean_amount = weights @ ln_price, weights @ fit_amount
+            spread = weights @ (fit_amount - mean_amount) ** 2
+            slope = np.polyfit(fit_amount, ln_price, 1, w=np.sqrt(weights))[0]
+            slope = (slope * spread + USUAL_SLOPE * SLOPE_PRIOR) / (spread + SLOPE_PRIOR)
+            distance = amount[row] - mean_amount
+            deviation = np.sqrt(weights @ (ln_price - mean) ** 2)
+            assert columns == pytest.approx([mean, mean + slope * distance, deviation, distance])
+
+
+def test_surroundings_of_a_fitted_row_are_those_without_it(products):
+    """Each by a model that has the same similarity but not the row; and in words alone amounts do not count."""
+    features, ln_price = products
+    rows = np.arange(50)
+    fit, known = features[rows], torch.from_numpy(ln_price[rows]).float()
+    similarity = Similarity.start(5 + len(fit.compared_amounts), len(fit.compared_amounts), seed=0)
+    _, near = compare(similarity, fit, fit, known, leave_out_self=True)
+    for left in (0, 20, 49):
+        others = np.delete(rows, left)
+        _, expected = compare(similarity, features[[left]], features[others], known[others])
+        torch.testing.assert_close(near[left], expected[0], atol=1e-4, rtol=1e-4)
+    structural = features.structural.copy()
+    structural[:, 1:] = 0  # all but the amount of the regression line
+    _, without = compare(
+        similarity, replace(features, structural=structural)[rows], fit, known, leave_out_self=True
+    )
+    torch.testing.assert_close(without[:, 1], near[:, 1])
+    assert (without[:, 0] - near[:, 0]).abs().max() > 0.01
+
+
+def test_a_row_unlike_all_others_has_the_mean_of_all():
+    far = torch.full((1, 4), torch.finfo(torch.float32).tiny).log()
+    prices = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    found = surroundings(far, prices, torch.zeros(4), torch.zeros(1))
+    assert found[0, :, 0].tolist() == [3.0] * len(POWERS) and found.isfinite().all()
+
+
+def test_learning_lowers_the_left_out_error_and_finds_what_matters(products):
+    features, ln_price = products
+
+    def left_out_smape(similarity):
+        gram = similarity(differences(features, features)) + similarity.noise.exp() * torch.eye(len(ln_price))
+        inverse = torch.linalg.inv(gram)
+        known = torch.from_numpy(ln_price - ln_price.mean()).float()
+        left_out = ln_price - ((inverse @ known) / inverse.diagonal()).numpy()
+        return smape(np.exp(ln_price), np.exp(left_out))
+
+    amounts = len(features.compared_amounts)
+    start = Similarity.start(5 + amounts, amounts, seed=0)
+    learned = learn(WordModelSettings(model="kernel", kernel_steps=40), features, ln_price)
+    assert left_out_smape(learned) < left_out_smape(start) - 3
+    # the last comparison is the price itself with some noise: asked for far more than the length of a text
+    assert learned.rate[:, -1].max() > learned.rate[:, -4].max() + 1
+
+
+def test_kernel_refuses_more_rows_than_fit_in_memory(products, monkeypatch):
+    features, ln_price = products
+    monkeypatch.setattr(kernel, "LARGEST", 300)
+    with pytest.raises(InputError, match="--model kernel: 400 rows"):
+        MODELS["kernel"](SETTINGS, features, ln_price, features)

@@ -1,0 +1,218 @@
+"""The run folder: what a training run leaves behind, and how an interrupted one continues.
+
+checkpoints/<run>/settings.json    the resolved settings
+                  manifest.json    versions, seed, command, git state, hardware, sha256 of the inputs
+                  metrics.jsonl    one line a logged step
+                  step_00000120/   weights and training state; its COMPLETE file is written last
+                  model.safetensors, …  the finished model
+                  COMPLETE         written last of all
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from contracts.errors import InputError
+from contracts.files import atomic_write, read_json, sha256_file, write_json
+from training.settings import settings_as_dict
+
+if TYPE_CHECKING:
+    import torch
+
+MARKER = "COMPLETE"
+_MAY_DIFFER_ON_RESUME = {
+    "resume", "report_to", "workers", "device", "epochs", "checkpoint_steps", "tokens_per_batch",
+}  # fmt: skip
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "open_clip_torch",
+    "numpy",
+)
+
+
+class RunFolder:
+    """One training run on disk. Open it with `RunFolder.start` to train and `RunFolder.finished` to read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._tensorboard = None
+
+    @classmethod
+    def start(
+        cls, path: Path, settings: Any, *, inputs: list[Path], resume: bool = False, report_to: str = "none"
+    ) -> RunFolder:
+        """Begin a run, or continue it with `resume`. Without `resume` what the folder held before is replaced.
+
+        Raises InputError when a resumed run was started with other settings or other input files.
+        """
+        run, stored = cls(path), settings_as_dict(settings)
+        manifest = {
+            **_environment(stored.get("seed")),
+            "inputs": {str(file): sha256_file(file) for file in inputs},
+        }
+        if resume and (path / "settings.json").is_file():
+            run._check_same(stored, manifest["inputs"])
+        else:
+            if path.exists():
+                shutil.rmtree(path)
+            write_json(path / "manifest.json", manifest)
+        write_json(path / "settings.json", stored)
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            run._tensorboard = SummaryWriter(path / "tensorboard")
+        return run
+
+    @classmethod
+    def finished(cls, path: Path, stage: str) -> RunFolder:
+        """Open a finished run for reading. Raises InputError with the command that would make it."""
+        if not (path / MARKER).is_file():
+            raise InputError(f"{path}: no finished run; run python -m {stage}.train")
+        return cls(path)
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / MARKER).is_file()
+
+    def settings(self, settings_class: type) -> Any:
+        stored = read_json(self.path / "settings.json")
+        return settings_class(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+        )
+
+    def log(self, step: int, **values: float) -> None:
+        """Append one line to metrics.jsonl. A loss that is not a number ends the run: it never gets better."""
+        for name, value in values.items():
+            if isinstance(value, float) and value != value:
+                raise InputError(
+                    f"{self.path.name}: {name} is NaN at step {step}; lower --lr or use --precision fp32"
+                )
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def metrics(self) -> list[dict[str, float]]:
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+
+    def save_checkpoint(
+        self, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], keep: int = 2
+    ) -> None:
+        """Write step_<step>/ with its marker last, then drop all but the newest `keep`.
+
+        Args:
+            weights: tensors that are trained, by name.
+            state: optimizer, scheduler, random generators and counters; only what torch.load(weights_only=True) reads.
+        """
+        import torch
+        from safetensors.torch import save_file
+
+        folder = self.path / f"step_{step:08d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        file = folder / "weights.safetensors"
+        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, file)
+        file.chmod(0o644)  # safetensors makes files that only the owner can read
+        torch.save(state, folder / "state.pt")
+        (folder / MARKER).touch()
+        for old in self._checkpoints()[:-keep]:
+            shutil.rmtree(old)
+
+    def newest_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Weights and state of the newest complete checkpoint (on the CPU); metrics logged after it are dropped."""
+        import torch
+        from safetensors.torch import load_file
+
+        if not (folders := self._checkpoints()):
+            return None
+        step = int(folders[-1].name.removeprefix("step_"))
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        with atomic_write(self.path / "metrics.jsonl") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        state = torch.load(folders[-1] / "state.pt", weights_only=True, map_location="cpu")
+        return load_file(folders[-1] / "weights.safetensors"), state
+
+    def finish(self, **summary: object) -> None:
+        """Write summary.json, drop the checkpoints and mark the run complete."""
+        write_json(self.path / "summary.json", summary)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        (self.path / MARKER).touch()
+        for folder in self.path.glob("step_*"):
+            shutil.rmtree(folder)
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(folder for folder in self.path.glob("step_*") if (folder / MARKER).is_file())
+
+    def _check_same(self, settings: dict[str, Any], inputs: dict[str, str]) -> None:
+        stored = read_json(self.path / "settings.json")
+        for name in settings.keys() - _MAY_DIFFER_ON_RESUME:
+            if stored.get(name) != settings[name]:
+                raise InputError(
+                    f"--resume: {name} was {stored.get(name)!r} when the run started and is {settings[name]!r} now"
+                )
+        for file, digest in read_json(self.path / "manifest.json")["inputs"].items():
+            if inputs.get(file) != digest:
+                raise InputError(f"--resume: {file} has changed since {self.path.name} started")
+
+
+def _environment(seed: int | None) -> dict[str, Any]:
+    import torch
+
+    return {
+        "command": " ".join(sys.argv),
+        "seed": seed,
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_state() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "not a git checkout"
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's generators, to store in a checkpoint; the data order is derived from seed and epoch."""
+    import torch
+
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

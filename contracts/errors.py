@@ -15,4 +15,5 @@ def run_entry_point(main: Callable[[], object]) -> None:
     try:
         main()
     except InputError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

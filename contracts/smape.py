@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+SMALLEST_PRICE = 0.01
+"""Dollars. No model predicts less than one cent: SMAPE sees ratios, and a ratio to zero does not exist."""
+
 PRICE_BINS = (0.0, 5.0, 10.0, 30.0, 60.0, 200.0, np.inf)  # dollars; the bins of the weighted loss
 
 
@@ -20,6 +23,15 @@ def smape_terms(actual: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         raise ValueError("SMAPE needs finite prices")
     scale = (np.abs(actual) + np.abs(predicted)) / 2
     return 100 * np.divide(np.abs(predicted - actual), scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def smape_of_ln(ln_difference: np.ndarray) -> np.ndarray:
+    """The SMAPE term in percent of each pair of prices, from ln p − ln a; same shape, range 0 to 200.
+
+    |p − a| / ((p + a) / 2) = 2 · tanh(|ln p − ln a| / 2) holds exactly for positive prices, so the metric depends on
+    the ratio p / a alone. `training.smape_loss` has the same for torch.
+    """
+    return 200 * np.tanh(np.abs(ln_difference) / 2)
 
 
 def smape(actual: np.ndarray, predicted: np.ndarray) -> float:

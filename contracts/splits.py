@@ -104,6 +104,8 @@ def read_folds(path: Path) -> pd.Series:
     table = read_table(path)
     if list(table.columns) != ["sample_id", "fold"] or not table["fold"].str.fullmatch("[0-9]").all():
         raise InputError(f"{path}: not a fold file (sample_id, fold 0 to 9); run data.prepare again")
+    if (repeated := table["sample_id"].duplicated()).any():
+        raise InputError(f"{path}: sample_id {table['sample_id'][repeated].iloc[0]} has two folds")
     return pd.Series(table["fold"].astype(int).to_numpy(), index=table["sample_id"], name="fold")
 
 
@@ -114,16 +116,21 @@ def split_hash(folds: pd.Series) -> str:
 
 
 def fitted_on(*, encoder_folds: tuple[int, ...]) -> list[list[int]]:
-    """The meta entry of an embedding file made by one encoder: for each fold, the folds its encoder saw."""
+    """The meta entry of a file made by one model: for the rows of each fold, the folds that the model was fitted on."""
     return [list(encoder_folds) for _ in range(N_FOLDS)]
 
 
 def fitted_out_of_fold(holdouts: int) -> list[list[int]]:
-    """The meta entry of an embedding file whose rows come from the encoder of their own hold-out."""
+    """The meta entry of a file whose rows come from the model of their own hold-out, which has not seen them."""
     size = N_FOLDS // holdouts
     return [list(roles(fold // size, holdouts).fitted_on) for fold in range(N_FOLDS)]
 
 
+def union_fitted_on(*entries: list[list[int]]) -> list[list[int]]:
+    """For each fold, the folds that any of several models was fitted on: a model and the encoders behind it."""
+    return [sorted(set().union(*of_fold)) for of_fold in zip(*entries, strict=True)]
+
+
 def leaked_folds(meta_fitted_on: list[list[int]], validate: tuple[int, ...]) -> list[int]:
-    """Validation folds whose rows were embedded by an encoder that had been fitted on them."""
+    """Those of the `validate` folds whose rows were made by a model that had been fitted on them."""
     return [fold for fold in validate if fold in meta_fitted_on[fold]]

@@ -13,6 +13,7 @@ import pandas as pd
 from contracts.catalog import read_table
 from contracts.errors import InputError
 from contracts.files import read_json
+from contracts.splits import read_folds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "test")
@@ -49,16 +50,28 @@ ARTEFACTS = {
         "embeddings (N, D_in) float32|float16, valid (N,) bool, meta; sha256 in .pkl.json",
     ),
     "predictions": Artefact(
-        "predictions/{name}_{split}.csv", "clip_finetune, qwen3_finetune, fusion", "report, fusion", "sample_id",
-        "log_price float64 (= log1p of dollars), fold int in train",
+        "predictions/{name}_{split}.csv",
+        "clip_finetune, qwen3_finetune, fusion, word_models, product_matching, ensemble", "ensemble, pipeline",
+        "sample_id",
+        "log_price float64 (= log1p of dollars), fold int in train; what its model was fitted on in .csv.json",
     ),
     "run": Artefact(
         "checkpoints/{name}", "every train.py", "its own extract and predict", "-",
         "settings.json, manifest.json, metrics.jsonl, weights as safetensors, plots, COMPLETE",
     ),
     "submission": Artefact(
-        "test_out.csv", "fusion.*.predict_test", "-", "sample_id",
+        "test_out.csv", "fusion.*.predict_test, ensemble.train", "-", "sample_id",
         "price float64, finite, > 0; ids and order of test.csv",
+    ),
+    "intervals": Artefact(
+        "test_intervals.csv", "ensemble.train --intervals", "-", "sample_id",
+        "price and the bounds of its 80 % and 95 % intervals",
+    ),
+    "scores": Artefact(
+        "scores.csv", "pipeline.scores", "pipeline.report", "model", "SMAPE of every model on rows it has not seen",
+    ),
+    "stages": Artefact(
+        "pipeline.json", "pipeline.run", "pipeline.report", "stage", "seconds and peak memory of every stage",
     ),
     "report": Artefact("report.html", "pipeline.report", "-", "-", "scores, plots and problems on one page"),
 }  # fmt: skip
@@ -89,10 +102,23 @@ class Workspace:
             table[column] = pd.to_numeric(table[column].mask(table[column] == "")).astype("float64")
         return table
 
-    def folds(self) -> pd.Series:
-        """Fold of each training row, indexed by sample_id."""
-        from contracts.splits import read_folds
+    def training_table(self) -> pd.DataFrame:
+        """The prepared training rows with their folds: the columns of `prepared` and `fold` (int, 0 to 9).
 
+        Raises InputError for a row without a fold: it would have no role, and a model could not say whether it saw it.
+        """
+        table = self.prepared("train")
+        fold = self.folds().reindex(table["sample_id"])
+        if fold.isna().any():
+            first = fold.index[fold.isna()][0]
+            raise InputError(
+                f"{self.path('folds')}: no fold for sample_id {first} ({fold.isna().sum()} rows in all); "
+                "run data.prepare again"
+            )
+        return table.assign(fold=fold.to_numpy(int))
+
+    def folds(self) -> pd.Series:
+        """Fold of each training row: int, indexed by sample_id."""
         return read_folds(self.path("folds"))
 
     def images_folder(self) -> Path:

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. The environment has effect only when set before torch and transformers load."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,3 +35,33 @@ def sample_workspace(tmp_path_factory) -> Path:
     sample_catalog.main(["--out", str(folder / "catalogue"), "--train-rows", "400", "--test-rows", "60"])
     prepare.main(["--data", str(folder / "catalogue"), "--workspace", str(folder)])
     return folder
+
+
+class Killed(BaseException):
+    """What a killed process looks like from inside: no `except Exception` may catch it."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """`with killed_at(RunFolder, "log", 5): main([...])` ends the program at the fifth call of that method.
+
+    The call itself does not happen, and the method is itself again after the block.
+    """
+
+    @contextmanager
+    def kill(owner: object, name: str, call_number: int):
+        method = getattr(owner, name)
+        calls = 0
+
+        def counted(*positional, **named):
+            nonlocal calls
+            calls += 1
+            if calls == call_number:
+                raise Killed
+            return method(*positional, **named)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, counted)
+            yield
+
+    return kill

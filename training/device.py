@@ -1,4 +1,4 @@
-"""Device, precision, seeds, and two traps of the installed libraries."""
+"""Device, precision, seeds, model sources, and two traps of the installed libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 from contracts.errors import InputError
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     import torch
+    from accelerate import Accelerator
 
 
 def guard_torchvision() -> None:
@@ -52,16 +55,67 @@ def _define_torchvision_operators() -> None:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA, then Apple's GPU, then the CPU. Under torchrun each process gets its own CUDA device."""
+    """The device that --device names.
+
+    Args:
+        name: auto, cpu, mps, cuda or cuda:<number>. `auto` is CUDA, then Apple's GPU, then the CPU. Under torchrun
+            `cuda` gives each process its own device.
+
+    Raises:
+        InputError: no such device here, or one numbered device for several processes.
+    """
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError("--device cuda: this torch sees no CUDA device")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: choose auto, cpu, mps, cuda or cuda:<number>") from None
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: this torch sees no Apple GPU")
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this torch sees no CUDA device")
+    if device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(name)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--device {name}: torchrun gives each process its own device; use --device cuda")
+    if device.index >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def build_accelerator(
+    device: torch.device, precision: str = "fp32", *, timeout: timedelta | None = None
+) -> Accelerator:
+    """Accelerate on exactly `device`, in this precision; joins the other processes under torchrun.
+
+    Left to itself, Accelerate takes the first CUDA device, whatever device was asked for.
+
+    Args:
+        precision: auto, fp32, bf16 or fp16, as in `choose_dtype`.
+        timeout: how long the processes wait for each other; None leaves torch's limits, 10 and 30 minutes.
+    """
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    handlers = [] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)]
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=mixed_precision(precision, device),
+            kwargs_handlers=handlers,
+        )
+    finally:
+        del os.environ["ACCELERATE_TORCH_DEVICE"]
+    if accelerator.device != device:
+        raise InputError(f"--device {device}: this process already computes on {accelerator.device}")
+    return accelerator
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

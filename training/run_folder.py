@@ -10,7 +10,10 @@ checkpoints/<run>/settings.json    the resolved settings
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 MARKER = "COMPLETE"
+READABLE = 0o644  # safetensors and peft make files that only their owner can read
 _MAY_DIFFER_ON_RESUME = {
     "resume", "report_to", "workers", "device", "epochs", "checkpoint_steps", "tokens_per_batch",
 }  # fmt: skip
@@ -57,13 +61,14 @@ class RunFolder:
 
         Raises InputError when a resumed run was started with other settings or other input files.
         """
-        run, stored = cls(path), settings_as_dict(settings)
+        run = cls(path)
+        stored = settings_as_dict(settings)
         manifest = {
             **_environment(stored.get("seed")),
             "inputs": {str(file): sha256_file(file) for file in inputs},
         }
         if resume and (path / "settings.json").is_file():
-            run._check_same(stored, manifest["inputs"])
+            run._check_same(settings, manifest["inputs"])
         else:
             if path.exists():
                 shutil.rmtree(path)
@@ -86,19 +91,23 @@ class RunFolder:
     def complete(self) -> bool:
         return (self.path / MARKER).is_file()
 
+    def already_complete(self, resume: bool) -> bool:
+        """Whether `resume` has nothing left to do; says so in one line."""
+        if resume and self.complete:
+            print(f"{self.path}: this run is complete; leave --resume out to train it again")
+        return resume and self.complete
+
     def settings(self, settings_class: type) -> Any:
-        stored = read_json(self.path / "settings.json")
+        """The settings that the run was started with, also those of an older version of the program."""
+        stored = _renamed(read_json(self.path / "settings.json"), settings_class)
         return settings_class(
             **{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
         )
 
     def log(self, step: int, **values: float) -> None:
-        """Append one line to metrics.jsonl. A loss that is not a number ends the run: it never gets better."""
+        """Append one line to metrics.jsonl. A value that is not finite ends the run: it never gets better."""
         for name, value in values.items():
-            if isinstance(value, float) and value != value:
-                raise InputError(
-                    f"{self.path.name}: {name} is NaN at step {step}; lower --lr or use --precision fp32"
-                )
+            require_finite(value, name=name, run=self.path.name, step=step)
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._tensorboard is not None:
@@ -119,14 +128,11 @@ class RunFolder:
             state: optimizer, scheduler, random generators and counters; only what torch.load(weights_only=True) reads.
         """
         import torch
-        from safetensors.torch import save_file
 
         folder = self.path / f"step_{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        file = folder / "weights.safetensors"
-        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, file)
-        file.chmod(0o644)  # safetensors makes files that only the owner can read
+        save_weights(folder / "weights.safetensors", weights)
         torch.save(state, folder / "state.pt")
         (folder / MARKER).touch()
         for old in self._checkpoints()[:-keep]:
@@ -147,8 +153,11 @@ class RunFolder:
         return load_file(folders[-1] / "weights.safetensors"), state
 
     def finish(self, **summary: object) -> None:
-        """Write summary.json, drop the checkpoints and mark the run complete."""
+        """Write summary.json, make every file readable for all, mark the run complete and drop its checkpoints."""
         write_json(self.path / "summary.json", summary)
+        for file in self.path.rglob("*"):
+            if file.is_file():
+                file.chmod(READABLE)
         if self._tensorboard is not None:
             self._tensorboard.close()
         (self.path / MARKER).touch()
@@ -158,16 +167,51 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         return sorted(folder for folder in self.path.glob("step_*") if (folder / MARKER).is_file())
 
-    def _check_same(self, settings: dict[str, Any], inputs: dict[str, str]) -> None:
-        stored = read_json(self.path / "settings.json")
-        for name in settings.keys() - _MAY_DIFFER_ON_RESUME:
-            if stored.get(name) != settings[name]:
+    def _check_same(self, settings: Any, inputs: dict[str, str]) -> None:
+        stored = _renamed(read_json(self.path / "settings.json"), type(settings))
+        wanted = settings_as_dict(settings)
+        for name in wanted.keys() - _MAY_DIFFER_ON_RESUME:
+            if stored.get(name) != wanted[name]:
                 raise InputError(
-                    f"--resume: {name} was {stored.get(name)!r} when the run started and is {settings[name]!r} now"
+                    f"--resume: {name} was {stored.get(name)!r} when the run started and is {wanted[name]!r} now"
                 )
         for file, digest in read_json(self.path / "manifest.json")["inputs"].items():
             if inputs.get(file) != digest:
                 raise InputError(f"--resume: {file} has changed since {self.path.name} started")
+
+
+def require_finite(value: object, *, name: str = "loss", run: str, step: int) -> None:
+    """Raise InputError for a float that is NaN or infinite: a run never recovers from it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        written = "NaN" if math.isnan(value) else str(value)
+        raise InputError(f"{run}: {name} is {written} at step {step}; lower --lr or use --precision fp32")
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write tensors by name as safetensors, readable for all."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+    path.chmod(READABLE)
+
+
+def weights_hash(folder: Path) -> str:
+    """Identifies the trained weights below a run folder; it stands as `checkpoint` in the meta of what they make."""
+    files = sorted(folder.rglob("*.safetensors"))
+    lines = [f"{file.relative_to(folder).as_posix()} {sha256_file(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _renamed(stored: dict[str, Any], settings_class: type) -> dict[str, Any]:
+    """Stored settings under today's names: a settings class lists its old names in RENAMED, None for a dropped one."""
+    renamed = getattr(settings_class, "RENAMED", {})
+    known = {field.name for field in dataclasses.fields(settings_class)}
+    now = {}
+    for name, value in stored.items():
+        new_name = renamed.get(name, name) if name not in known else name
+        if new_name is not None:
+            now[new_name] = value
+    return now
 
 
 def _environment(seed: int | None) -> dict[str, Any]:

@@ -1,23 +1,24 @@
 """Settings: a dataclass in each folder's config.py holds every default once; this turns it into a command line.
 
-Order of precedence: flags, then `--config file.yaml`, then `--preset`, then the defaults of the dataclass.
+A preset changes some defaults, wherever it is named: on the command line or in the yaml file. Precedence, strongest
+first: flags, `--config file.yaml`, preset, defaults of the dataclass.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 def parse_settings(
-    settings_class: type[Settings],
+    settings_class: type,
     argv: Sequence[str] | None,
     *,
     description: str,
@@ -36,41 +37,65 @@ def parse_settings(
     Returns:
         The settings, or (settings, positional values…) when `positional` is given.
     """
-    from docstring_parser import parse_from_object
+    parser = build_parser(settings_class, description=description, positional=positional or {})
+    values = parser.parse_args(argv)
+    if presets:
+        # the preset itself may come from the yaml file, so it is known only after a first pass
+        if values["preset"] not in presets:
+            parser.error(f"--preset {values['preset']}: choose from {', '.join(presets)}")
+        changed = presets[values["preset"]]
+        parser.set_defaults({name: _as_list(value) for name, value in changed.items()})
+        values = parser.parse_args(argv)
+    fields = {field.name: values[field.name] for field in dataclasses.fields(settings_class)}
+    settings = settings_class(**{name: _as_tuple(value) for name, value in fields.items()})
+    if not positional:
+        return settings
+    return settings, *(values[name] for name in positional)
+
+
+def build_parser(
+    settings_class: type, *, description: str, positional: dict[str, tuple[str, ...]]
+) -> ArgumentParser:
+    """A jsonargparse parser with `--config`, the positional arguments and one flag for each field."""
     from jsonargparse import ActionYesNo, ArgumentParser
 
     parser = ArgumentParser(description=description)
     parser.add_argument("--config", action="config", help="yaml file with settings; flags override it")
-    for name, choices in (positional or {}).items():
+    for name, choices in positional.items():
         parser.add_argument(name, choices=choices)
     types = typing.get_type_hints(settings_class)
-    documented = [
-        parse_from_object(parent)
-        for parent in reversed(settings_class.__mro__)
-        if dataclasses.is_dataclass(parent)
-    ]
-    helps = {item.arg_name: item.description for document in documented for item in document.params}
+    helps = _help_texts(settings_class)
     for field in dataclasses.fields(settings_class):
-        flag, text = "--" + field.name.replace("_", "-"), helps.get(field.name)
-        if types[field.name] is bool:
+        flag = "--" + field.name.replace("_", "-")
+        kind = types[field.name]
+        text = helps.get(field.name)
+        if kind is bool:
             parser.add_argument(flag, action=ActionYesNo(no_prefix="no-"), default=field.default, help=text)
+        elif typing.get_origin(kind) is tuple:  # --use clip_image qwen_text
+            item = typing.get_args(kind)[0]
+            parser.add_argument(flag, type=item, nargs="*", default=list(field.default), help=text)
         else:
-            kind, default, options = types[field.name], field.default, {}
-            if typing.get_origin(kind) is tuple:  # --use clip_image qwen_text
-                kind, default, options = typing.get_args(kind)[0], list(default), {"nargs": "*"}
-            parser.add_argument(flag, type=kind, default=default, help=text, **options)
-    if presets:
-        chooser = argparse.ArgumentParser(add_help=False)
-        chooser.add_argument("--preset", default=settings_class.preset)
-        chosen = chooser.parse_known_args(argv)[0].preset
-        if chosen not in presets:
-            parser.error(f"--preset {chosen}: choose from {', '.join(presets)}")
-        changed = {name: list(v) if isinstance(v, tuple) else v for name, v in presets[chosen].items()}
-        parser.set_defaults({"preset": chosen, **changed})
-    values = parser.parse_args(argv)
-    fields = {field.name: values[field.name] for field in dataclasses.fields(settings_class)}
-    settings = settings_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
-    return (settings, *(values[name] for name in positional)) if positional else settings
+            parser.add_argument(flag, type=kind, default=field.default, help=text)
+    return parser
+
+
+def _help_texts(settings_class: type) -> dict[str, str | None]:
+    """The docstring under each field, those of parent dataclasses included."""
+    from docstring_parser import parse_from_object
+
+    helps = {}
+    for parent in reversed(settings_class.__mro__):
+        if dataclasses.is_dataclass(parent):
+            helps |= {item.arg_name: item.description for item in parse_from_object(parent).params}
+    return helps
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def settings_as_dict(settings: Any) -> dict[str, Any]:

@@ -6,9 +6,9 @@ pickle. Nothing leaves the reader before the hash fits (without it nearly every 
 unpickles with a reader that can build arrays and nothing else, so a file from a stranger cannot run code. A
 picture or text that could not be embedded has valid=False; rows are joined by sample_id, never by position.
 
-While it is being made the content lives in `<file>.shards/`, one file a shard, so that an interrupted
-extraction resumes where it stopped and memory is bounded by a shard. A catalogue too large for one array stays
-in that form (`index.json` written last) and is read shard by shard with `iterate_embeddings`.
+While it is being made, the content lives in `<file>.shards/`, one file per shard, so that an interrupted extraction
+resumes where it stopped and needs memory for one shard only. A catalogue too large for one array stays in that form
+(`index.json` is written last) and is read shard by shard with `iterate_embeddings`.
 """
 
 from __future__ import annotations

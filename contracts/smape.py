@@ -61,9 +61,9 @@ def price_bin(price: np.ndarray) -> pd.Categorical:
 
 
 def smape_by_group(actual: np.ndarray, predicted: np.ndarray, groups: dict[str, object]) -> pd.DataFrame:
-    """One row a group value: columns grouping, group, rows, smape, bias (mean of ln p − ln a).
+    """One line per group: columns grouping, group, rows, smape, bias (mean of ln p − ln a).
 
-    `groups` maps the name of a grouping to one label a row. The first row covers all rows.
+    `groups` maps the name of a grouping to one label per row. The first line covers all rows.
     """
     frame = pd.DataFrame(
         {"smape": smape_terms(actual, predicted), "bias": np.log(predicted) - np.log(actual)}

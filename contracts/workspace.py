@@ -17,6 +17,9 @@ from contracts.splits import read_folds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "test")
+CLIP_IMAGE, SIGLIP_IMAGE, SIGLIP_TEXT, QWEN_TEXT = "clip_image", "siglip_image", "siglip_text", "qwen_text"
+EMBEDDINGS = (CLIP_IMAGE, SIGLIP_IMAGE, SIGLIP_TEXT, QWEN_TEXT)
+"""Names of the embedding files that the fusion of all embeddings reads."""
 
 
 @dataclass(frozen=True)

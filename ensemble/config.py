@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from contracts.workspace import REPOSITORY
 
 
 @dataclass
 class EnsembleSettings:
-    workspace: str = str(REPOSITORY)
-    """Folder with predictions/."""
+    workspace: Path = REPOSITORY
+    """Folder with data/ and predictions/."""
     members: tuple[str, ...] = ()
-    """Names of prediction files to combine; empty means every one that has a price for all rows."""
-    name: str = "ensemble"
+    """Names of the prediction files to combine; empty means every model that priced all rows out of fold."""
+    run: str = "ensemble"
     """Name of the combined predictions, and of the folder under checkpoints/ with weights and scores."""
     out: str = ""
-    """Where the test prices go; empty means test_out.csv in the workspace."""
+    """File that receives the test prices; empty means test_out.csv in the workspace."""
     intervals: bool = False
-    """Also write 80 % and 95 % price intervals, to test_intervals.csv beside test_out.csv."""
+    """Also write 80 % and 95 % price intervals, to test_intervals.csv beside the test prices."""
+    allow_leak: bool = False
+    """Combine members that were fitted on rows they predict, and call the score "leaked", instead of refusing them."""

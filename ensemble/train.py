@@ -2,23 +2,26 @@
 
     python -m ensemble.train --workspace OUT --members words_mlp words_ridge words_lightgbm
 
-The weights of each hold-out are fitted on the other four, so the score that is printed is one of rows that neither the
+The weights of each hold-out are fitted on the other four, so the printed score is the error on rows that neither the
 models nor their weights have seen. The weights that price test.csv are fitted on all rows.
+
+Legend: N rows, J models.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from contracts.catalog import read_table
 from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write, write_json
+from contracts.predictions import Predictions, prediction_names, read_predictions, write_predictions
 from contracts.smape import smape, smape_with_error
-from contracts.splits import N_HOLDOUTS, roles
-from contracts.workspace import Workspace
+from contracts.splits import N_FOLDS, N_HOLDOUTS, fitted_on, roles, union_fitted_on
+from contracts.workspace import SPLITS, Workspace
 from ensemble.config import EnsembleSettings
 from ensemble.weights import difficulty_of, fit_weights, interval_half_width
 from training.plots import plot_error_by_price
@@ -27,133 +30,213 @@ from training.settings import parse_settings
 COVERAGES = (0.80, 0.95)
 
 
+@dataclass
+class Members:
+    """The models to combine, in the order of the tables' rows."""
+
+    names: list[str]
+    ln_predicted: dict[str, np.ndarray]
+    """(N, J) ln prices of each split"""
+    fitted_on: list[list[int]]
+    """for the training rows of each fold, the folds that any member was fitted on"""
+    leaked: bool
+    """whether a member was fitted on rows that it predicts"""
+
+
+def choose_members(workspace: Workspace, ids: dict[str, pd.Index], but: str) -> list[str]:
+    """Every model that has priced all rows of both tables without having seen them, except the ensemble itself."""
+    chosen = []
+    for name in prediction_names(workspace):
+        files = [workspace.path("predictions", name=name, split=split) for split in SPLITS]
+        if name == but or not all(file.is_file() for file in files):
+            continue
+        predictions = {split: read_predictions(workspace, name, split) for split in SPLITS}
+        if any(not ids[split].isin(predictions[split].sample_ids).all() for split in SPLITS):
+            continue
+        try:
+            predictions["train"].require_unseen()
+        except InputError as reason:
+            print(f"left out: {reason}")
+            continue
+        chosen.append(name)
+    if not chosen:
+        raise InputError(
+            f"{workspace.root / 'predictions'}: no model has predicted all rows out of fold; "
+            "run word_models.train first"
+        )
+    return chosen
+
+
 def read_members(
-    workspace: Workspace, names: tuple[str, ...], ids: dict[str, pd.Index]
-) -> dict[str, pd.DataFrame]:
-    """ln prices of each split, one column a model. Raises InputError for a model that lacks rows."""
-    members = {}
-    for split, index in ids.items():
-        columns = {}
-        for name in names:
-            path = workspace.path("predictions", name=name, split=split)
-            table = read_table(path).set_index("sample_id")
-            missing = index.difference(table.index)
-            if len(missing):
-                raise InputError(
-                    f"{path}: no prediction for {len(missing)} rows, first {missing[0]}; it is not out of fold"
-                )
-            price = np.expm1(table["log_price"].astype(float)[index].to_numpy())
-            columns[name] = np.log(np.maximum(price, 0.01))
-        members[split] = pd.DataFrame(columns, index=index)
-    return members
+    workspace: Workspace, names: list[str], ids: dict[str, pd.Index], *, allow_leak: bool
+) -> Members:
+    """Read the prices of each model.
+
+    Raises:
+        InputError: a model lacks rows, or was fitted on rows that it predicts (unless `allow_leak`).
+    """
+    columns: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    entries = []
+    leaked = False
+    for name in names:
+        for split in SPLITS:
+            predictions = read_predictions(workspace, name, split)
+            columns[split].append(_ln_price_of(predictions, ids[split]))
+            if split == "test":
+                continue
+            if allow_leak:
+                leaked = leaked or not predictions.unseen.all()
+            else:
+                predictions.require_unseen()
+            unknown = fitted_on(encoder_folds=tuple(range(N_FOLDS)))
+            entries.append(predictions.meta["fitted_on"] if predictions.meta else unknown)
+    ln_predicted = {split: np.stack(columns[split], axis=1) for split in SPLITS}
+    return Members(names, ln_predicted, union_fitted_on(*entries), leaked)
 
 
-def complete_members(workspace: Workspace, ids: dict[str, pd.Index], but: str) -> tuple[str, ...]:
-    """Every model that has predicted all rows of both splits."""
-    found = []
-    for path in sorted(workspace.path("predictions", name="x", split="train").parent.glob("*_train.csv")):
-        name = path.name.removesuffix("_train.csv")
-        paths = {split: workspace.path("predictions", name=name, split=split) for split in ids}
-        if name != but and all(
-            p.is_file() and ids[s].isin(read_table(p)["sample_id"]).all() for s, p in paths.items()
-        ):
-            found.append(name)
-    return tuple(found)
+def _ln_price_of(predictions: Predictions, ids: pd.Index) -> np.ndarray:
+    """(N,) ln prices in the order of `ids`."""
+    by_id = predictions.by_id
+    missing = ids.difference(by_id.index)
+    if len(missing):
+        raise InputError(
+            f"{predictions.path}: no prediction for {len(missing)} rows, first {missing[0]}; it is not out of fold"
+        )
+    return np.log(by_id[ids].to_numpy())
 
 
 def nested_predictions(ln_predicted: np.ndarray, ln_price: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Combined ln price (N,) of each hold-out with weights fitted on the others."""
+    """Combined ln price (N,) of each hold-out, with weights fitted on the others."""
     combined = np.empty(len(ln_price))
     for holdout in range(N_HOLDOUTS):
         asked = np.isin(fold, roles(holdout).validate)
-        combined[asked] = ln_predicted[asked] @ fit_weights(ln_predicted[~asked], ln_price[~asked])
+        weights = fit_weights(ln_predicted[~asked], ln_price[~asked])
+        combined[asked] = ln_predicted[asked] @ weights
     return combined
 
 
-def nested_coverage(
-    combined: np.ndarray, ln_price: np.ndarray, difficulty: np.ndarray, fold: np.ndarray
-) -> dict[str, float]:
-    """Share of rows inside the interval that was calibrated on the other hold-outs."""
-    covered = {}
-    for coverage in COVERAGES:
-        inside = np.empty(len(ln_price), bool)
-        for holdout in range(N_HOLDOUTS):
-            asked = np.isin(fold, roles(holdout).validate)
-            error = combined - ln_price
-            factor = interval_half_width(error[~asked], difficulty[~asked], coverage)
-            inside[asked] = np.abs(error[asked]) <= factor * difficulty[asked]
-        covered[f"{coverage:.0%}"] = float(inside.mean())
-    return covered
+def nested_coverage(ln_error: np.ndarray, difficulty: np.ndarray, fold: np.ndarray, coverage: float) -> float:
+    """Share of rows inside the interval that was calibrated on the other hold-outs, (N,) each."""
+    inside = np.empty(len(ln_error), bool)
+    for holdout in range(N_HOLDOUTS):
+        asked = np.isin(fold, roles(holdout).validate)
+        factor = interval_half_width(ln_error[~asked], difficulty[~asked], coverage)
+        inside[asked] = np.abs(ln_error[asked]) <= factor * difficulty[asked]
+    return float(inside.mean())
 
 
 def table_of_members(
-    ln_predicted: pd.DataFrame, price: np.ndarray, fold: np.ndarray, weights: np.ndarray
+    members: Members, price: np.ndarray, fold: np.ndarray, weights: np.ndarray
 ) -> pd.DataFrame:
     """Each model alone, its weight, and what the ensemble would score without it."""
+    ln_predicted = members.ln_predicted["train"]
     lines = []
-    for position, name in enumerate(ln_predicted.columns):
-        others = np.delete(ln_predicted.to_numpy(), position, axis=1)
-        without = (
-            smape(price, np.exp(nested_predictions(others, np.log(price), fold)))
-            if others.shape[1]
-            else np.nan
-        )
-        alone = smape(price, np.exp(ln_predicted[name].to_numpy()))
+    for position, name in enumerate(members.names):
+        others = np.delete(ln_predicted, position, axis=1)
+        without = np.nan
+        if others.shape[1]:
+            without = smape(price, np.exp(nested_predictions(others, np.log(price), fold)))
         lines.append(
-            {"model": name, "smape_alone": alone, "weight": weights[position], "smape_without_it": without}
+            {
+                "model": name,
+                "smape_alone": smape(price, np.exp(ln_predicted[:, position])),
+                "weight": weights[position],
+                "smape_without_it": without,
+            }
         )
     return pd.DataFrame(lines)
+
+
+def with_intervals(
+    submission: pd.DataFrame, ln_price: np.ndarray, half_widths: dict[float, np.ndarray]
+) -> pd.DataFrame:
+    """The submission with the columns low_<level> and high_<level> of each coverage."""
+    table = submission.copy()
+    for level, half in half_widths.items():
+        table[f"low_{level:.0%}"] = np.exp(ln_price - half).round(4)
+        table[f"high_{level:.0%}"] = np.exp(ln_price + half).round(4)
+    return table
+
+
+@dataclass
+class Combined:
+    """The ensemble of some members, scored and applied."""
+
+    weights: np.ndarray
+    """(J,) fitted on all training rows; they price the test rows"""
+    ln_price: dict[str, np.ndarray]
+    """of the training rows with nested weights, of the test rows with `weights`"""
+    score: float
+    error: float
+    coverage: dict[str, float]
+    half_widths: dict[float, np.ndarray]
+    """of the test rows' intervals in ln price, for each of COVERAGES"""
+
+
+def combine(members: Members, price: np.ndarray, fold: np.ndarray) -> Combined:
+    """Fit weights and intervals: hold-out by hold-out for the score, on all rows for the test prices."""
+    ln_predicted, ln_price = members.ln_predicted["train"], np.log(price)
+    nested = nested_predictions(ln_predicted, ln_price, fold)
+    score, error = smape_with_error(price, np.exp(nested))
+    ln_error = nested - ln_price
+    difficulty = difficulty_of(ln_predicted)
+    coverage = {f"{level:.0%}": nested_coverage(ln_error, difficulty, fold, level) for level in COVERAGES}
+
+    weights = fit_weights(ln_predicted, ln_price)
+    spread = difficulty_of(members.ln_predicted["test"])
+    half_widths = {level: interval_half_width(ln_error, difficulty, level) * spread for level in COVERAGES}
+    of_splits = {"train": nested, "test": members.ln_predicted["test"] @ weights}
+    return Combined(weights, of_splits, score, error, coverage, half_widths)
+
+
+def write_scores(
+    folder: Path, members: Members, combined: Combined, price: np.ndarray, fold: np.ndarray
+) -> dict:
+    """Print and store the table of members, the score and the coverage of the intervals; returns the summary."""
+    name = "leaked" if members.leaked else "nested out-of-fold"
+    listed = table_of_members(members, price, fold, combined.weights)
+    covers = ", ".join(f"{share:.1%} at nominal {level}" for level, share in combined.coverage.items())
+    print(listed.to_string(index=False, float_format="%.3f"))
+    print(f"ensemble: {name} SMAPE {combined.score:.2f} ± {combined.error:.2f} on {len(price)} rows")
+    print(f"intervals cover {covers}")
+    summary = {
+        "leaked_smape" if members.leaked else "smape": combined.score,
+        "standard_error": combined.error,
+        "rows": len(price),
+        "coverage": combined.coverage,
+        "members": listed.to_dict("records"),
+    }
+    write_json(folder / "summary.json", summary)
+    title = f"{folder.name}: {name} SMAPE {combined.score:.2f}"
+    plot_error_by_price(folder / "error_by_price.png", price, np.exp(combined.ln_price["train"]), title=title)
+    return summary
 
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(EnsembleSettings, argv, description=__doc__.split("\n")[0])
     workspace = Workspace(settings.workspace)
-    train = workspace.prepared("train").set_index("sample_id")
-    ids = {"train": train.index, "test": pd.Index(workspace.prepared("test")["sample_id"])}
-    fold, price = workspace.folds()[train.index].to_numpy(), train["price"].to_numpy()
-    names = settings.members or complete_members(workspace, ids, but=settings.name)
-    if not names:
-        raise InputError(
-            f"{workspace.root / 'predictions'}: no model has predicted all rows; run word_models.train first"
-        )
-    members = read_members(workspace, names, ids)
+    train, test = workspace.training_table(), workspace.prepared("test")
+    fold, price = train["fold"].to_numpy(), train["price"].to_numpy()
+    ids = {"train": pd.Index(train["sample_id"]), "test": pd.Index(test["sample_id"])}
+    names = list(settings.members) or choose_members(workspace, ids, but=settings.run)
+    members = read_members(workspace, names, ids, allow_leak=settings.allow_leak)
+    combined = combine(members, price, fold)
+    summary = write_scores(workspace.path("run", name=settings.run), members, combined, price, fold)
 
-    ln_predicted, ln_price = members["train"].to_numpy(), np.log(price)
-    weights = fit_weights(ln_predicted, ln_price)
-    combined = nested_predictions(ln_predicted, ln_price, fold)
-    score, error = smape_with_error(price, np.exp(combined))
-    difficulty = difficulty_of(ln_predicted)
-    coverage = nested_coverage(combined, ln_price, difficulty, fold)
-    listed = table_of_members(members["train"], price, fold, weights)
-    print(listed.to_string(index=False, float_format="%.3f"))
-    print(f"ensemble: nested out-of-fold SMAPE {score:.2f} ± {error:.2f} on {len(price)} rows")
-    print(
-        "intervals cover " + ", ".join(f"{share:.1%} at nominal {level}" for level, share in coverage.items())
-    )
-
-    folder = workspace.path("run", name=settings.name)
-    summary = {"smape": score, "standard_error": error, "rows": len(price), "coverage": coverage,
-               "members": listed.to_dict("records")}  # fmt: skip
-    write_json(folder / "summary.json", summary)
-    plot_error_by_price(
-        folder / "error_by_price.png", price, np.exp(combined), title=f"{settings.name}: SMAPE {score:.2f}"
-    )
-
-    test_ln_price = members["test"].to_numpy() @ weights
-    _write(workspace.path("predictions", name=settings.name, split="train"),
-           pd.DataFrame({"sample_id": train.index, "log_price": np.log1p(np.exp(combined)), "fold": fold}))  # fmt: skip
-    _write(workspace.path("predictions", name=settings.name, split="test"),
-           pd.DataFrame({"sample_id": ids["test"], "log_price": np.log1p(np.exp(test_ln_price))}))  # fmt: skip
+    all_folds = fitted_on(encoder_folds=tuple(range(N_FOLDS)))
+    for split, seen in (("train", members.fitted_on), ("test", all_folds)):
+        write_predictions(
+            workspace, settings.run, split, ids[split].to_numpy(), np.log1p(np.exp(combined.ln_price[split])),
+            meta={"stage": "ensemble", "model": settings.run, "members": members.names, "fitted_on": seen},
+            fold=fold if split == "train" else None,
+        )  # fmt: skip
     out = Path(settings.out) if settings.out else workspace.path("submission")
+    test_ln_price = combined.ln_price["test"]
     submission = pd.DataFrame({"sample_id": ids["test"], "price": np.exp(test_ln_price).round(4)})
     _write(out, submission)
     if settings.intervals:
-        spread = difficulty_of(members["test"].to_numpy())
-        for level in COVERAGES:
-            half = interval_half_width(combined - ln_price, difficulty, level) * spread
-            submission[f"low_{level:.0%}"] = np.exp(test_ln_price - half).round(4)
-            submission[f"high_{level:.0%}"] = np.exp(test_ln_price + half).round(4)
-        _write(out.with_name("test_intervals.csv"), submission)
+        intervals = with_intervals(submission, test_ln_price, combined.half_widths)
+        _write(out.with_name("test_intervals.csv"), intervals)
     print(f"{out}: {len(submission)} prices, median ${submission['price'].median():.2f}")
     return summary
 

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from contracts.smape import smape_of_ln
+
+USUAL_DIFFICULTY = 0.3
+"""What is added to the models' disagreement, in ln price: an interval must not shrink to nothing where they agree."""
+
 
 def fit_weights(ln_predicted: np.ndarray, ln_price: np.ndarray) -> np.ndarray:
     """Weights (J,), ≥ 0 and summing to 1, of the mean ln price with the lowest SMAPE.
@@ -21,9 +26,11 @@ def fit_weights(ln_predicted: np.ndarray, ln_price: np.ndarray) -> np.ndarray:
         weights = np.exp(logits - logits.max())
         weights /= weights.sum()
         error = ln_predicted @ weights - ln_price
-        half = np.tanh(np.abs(error) / 2)  # SMAPE / 200, see contracts.smape
-        slope = ((1 - half**2) / 2 * np.sign(error)) @ ln_predicted / len(error)  # by weight
-        return half.mean(), weights * (slope - slope @ weights)  # by logit: softmax's Jacobian
+        share = smape_of_ln(error) / 200  # tanh(|error| / 2), whose derivative is (1 − tanh²) / 2
+        slope_by_error = (1 - share**2) / 2 * np.sign(error)
+        slope_by_weight = slope_by_error @ ln_predicted / len(error)
+        slope_by_logit = weights * (slope_by_weight - slope_by_weight @ weights)  # softmax's Jacobian
+        return share.mean(), slope_by_logit
 
     best = minimize(smape_and_gradient, np.zeros(ln_predicted.shape[1]), jac=True, method="L-BFGS-B")
     weights = np.exp(best.x - best.x.max())
@@ -46,5 +53,5 @@ def interval_half_width(ln_error: np.ndarray, difficulty: np.ndarray, coverage: 
 
 
 def difficulty_of(ln_predicted: np.ndarray) -> np.ndarray:
-    """(N, J) → (N,): where the models disagree the price is less certain; the constant keeps it from 0."""
-    return 0.3 + ln_predicted.std(axis=1)
+    """(N, J) → (N,): where the models disagree, the price is less certain."""
+    return USUAL_DIFFICULTY + ln_predicted.std(axis=1)

@@ -17,7 +17,7 @@ from training.settings import parse_settings
 
 @dataclass
 class DemoSettings:
-    workspace: str = "demo"
+    workspace: Path = Path("demo")
     """Folder that receives the catalogue and every artefact."""
     train_rows: int = 2000
     """Products with a price."""
@@ -37,7 +37,7 @@ def single_modality(workspace: Path, name: str, *use: str) -> list[list[str]]:
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(DemoSettings, argv, description=__doc__.split("\n")[0])
-    workspace = Path(settings.workspace)
+    workspace = settings.workspace
     catalogue = workspace / "catalogue"
     rows = ["--train-rows", str(settings.train_rows), "--test-rows", str(settings.test_rows)]
     from data import sample_catalog

@@ -12,12 +12,12 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-import numpy as np
 import pandas as pd
 
 from contracts.catalog import read_table
 from contracts.errors import run_entry_point
 from contracts.files import atomic_write, read_json
+from contracts.predictions import read_predictions
 from contracts.smape import smape_terms
 from contracts.workspace import REPOSITORY, Workspace
 from training.pictures import UnreadablePicture, open_picture
@@ -41,7 +41,7 @@ img { max-width: 100% } td img { display: block } .note { color: #666 } code { b
 
 @dataclass
 class ReportSettings:
-    workspace: str = str(REPOSITORY)
+    workspace: Path = REPOSITORY
     """Folder to report on; report.html is written there."""
 
 
@@ -77,12 +77,12 @@ def picture(path: Path) -> str:
 
 
 def scores(workspace: Workspace) -> str:
-    path = workspace.root / "scores.csv"
+    path = workspace.path("scores")
     if not path.is_file():
         return ""
     note = (
-        "SMAPE in percent, 0 to 200, lower is better. Validation rows were kept apart from every stage: no encoder "
-        "and no fusion model was fitted or stopped on them. ± is the standard error over rows."
+        "SMAPE in percent, 0 to 200, lower is better. Each model is scored on the rows of the listed folds, which "
+        "neither it nor an encoder behind it was fitted or stopped on. ± is the standard error over rows."
     )
     return f'{html_table(read_table(path))}<p class="note">{note}</p>'
 
@@ -106,9 +106,12 @@ def products(workspace: Workspace, count: int = 8) -> str:
     path = workspace.path("predictions", name=MAIN_RUN, split="train")
     if not path.is_file():
         return ""
-    predictions = read_table(path)
-    rows = workspace.prepared("train").set_index("sample_id").loc[predictions["sample_id"]]
-    rows["predicted"] = np.expm1(predictions["log_price"].astype(float).to_numpy())
+    predictions = read_predictions(workspace, MAIN_RUN, "train")
+    predicted = predictions.by_id[predictions.unseen]
+    if predicted.empty:
+        return ""
+    rows = workspace.prepared("train").set_index("sample_id").loc[predicted.index]
+    rows["predicted"] = predicted
     rows["SMAPE"] = smape_terms(rows["price"].to_numpy(), rows["predicted"].to_numpy())
     rows = rows.sort_values("SMAPE")
     parts = [("Furthest off", rows.iloc[::-1][:count]), ("Closest", rows[:count])]
@@ -177,7 +180,7 @@ def _picture_problems(workspace: Workspace) -> str:
 
 
 def stages(workspace: Workspace) -> str:
-    path = workspace.root / "pipeline.json"
+    path = workspace.path("stages")
     if not path.is_file():
         return ""
     table = pd.DataFrame(read_json(path))
@@ -195,7 +198,7 @@ def stages(workspace: Workspace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(ReportSettings, argv, description=__doc__.split("\n")[0])
-    print(write_report(Path(settings.workspace)))
+    print(write_report(settings.workspace))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Literal
 
 from contracts.errors import InputError, run_entry_point
 from contracts.files import read_json, write_json
-from contracts.workspace import REPOSITORY
+from contracts.workspace import REPOSITORY, Workspace
 from training.settings import parse_settings
 
 
@@ -25,7 +25,7 @@ from training.settings import parse_settings
 class PipelineSettings:
     data: str = "data/sample"
     """Folder with train.csv, test.csv and optionally images/."""
-    workspace: str = str(REPOSITORY)
+    workspace: Path = REPOSITORY
     """Folder that receives every artefact."""
     preset: Literal["base", "tiny"] = "base"
     """base: the real checkpoints; tiny: the same classes small and with random weights, for a CPU."""
@@ -60,7 +60,7 @@ def run_stages(stages: list[list[str]], workspace: Path, *, resume: bool = False
 
     Raises InputError naming the stage that failed. With `resume`, stages that are in pipeline.json are skipped.
     """
-    journal = workspace / "pipeline.json"
+    journal = Workspace(workspace).path("stages")
     done = read_json(journal) if resume and journal.is_file() else []
     finished = [entry["stage"] for entry in done]
     for number, (module, *arguments) in enumerate(stages, 1):
@@ -90,13 +90,13 @@ def run_stages(stages: list[list[str]], workspace: Path, *, resume: bool = False
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(PipelineSettings, argv, description=__doc__.split("\n")[0])
-    workspace = Path(settings.workspace)
+    workspace = settings.workspace
     run_stages(commands(settings), workspace, resume=settings.resume)
     from pipeline.report import write_report
     from pipeline.scores import write_scores
 
     print("\n" + write_scores(workspace))
-    print(f"\n{write_report(workspace)}\n{workspace / 'test_out.csv'}")
+    print(f"\n{write_report(workspace)}\n{Workspace(workspace).path('submission')}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The score table of a workspace: every model beside the constant, on rows that none of them was fitted on.
 
-python -m pipeline.scores --workspace OUT
+    python -m pipeline.scores --workspace OUT
+
+Each prediction file says what its model was fitted on. A model is scored on the rows that are new to it, whatever its
+hold-out, and a file without such rows is not scored (`--allow-leak` prints its number in a column called leaked).
 """
 
 from __future__ import annotations
@@ -12,74 +15,112 @@ import numpy as np
 import pandas as pd
 
 from contracts.catalog import read_table
-from contracts.errors import run_entry_point
+from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write, read_json
-from contracts.smape import best_constant, smape_with_error
-from contracts.splits import roles
+from contracts.predictions import Predictions, prediction_names, read_predictions
+from contracts.smape import best_constant, smape, smape_with_error
+from contracts.splits import N_HOLDOUTS, roles
 from contracts.workspace import REPOSITORY, Workspace
 from training.settings import parse_settings
 
-MODELS = {
-    "CLIP price head (rows with a picture)": "clip_finetune",
-    "text encoder's price head": "qwen3_finetune",
-    "fusion, images only": "fusion_image_only",
-    "fusion, texts only": "fusion_text_only",
-    "fusion, two embeddings": "fusion_qwen_clip",
-    "fusion, all embeddings": "fusion_all_embeddings",
+LABELS = {
+    "clip_finetune": "CLIP price head (rows with a picture)",
+    "qwen3_finetune": "text encoder's price head",
+    "fusion_image_only": "fusion, images only",
+    "fusion_text_only": "fusion, texts only",
+    "fusion_qwen_clip": "fusion, two embeddings",
+    "fusion_all_embeddings": "fusion, all embeddings",
 }
+"""What well-known prediction files are called in the table, in its order; the others follow under their own names."""
 
 
 @dataclass
 class ScoreSettings:
-    workspace: str = str(REPOSITORY)
-    """Folder with predictions/."""
+    workspace: Path = REPOSITORY
+    """Folder with data/ and predictions/."""
+    allow_leak: bool = False
+    """Also print the error on rows that a model was fitted on, in a column of its own called leaked."""
 
 
-def score_table(workspace: Workspace, test_truth: pd.Series | None = None) -> pd.DataFrame:
-    """One row a model: SMAPE on the validation rows it predicts, and on test rows where their price is known.
+def score_table(
+    workspace: Workspace, test_truth: pd.Series | None = None, *, allow_leak: bool = False
+) -> pd.DataFrame:
+    """One line per model: SMAPE on the training rows that are new to it, and on test rows where their price is known.
 
     Args:
         test_truth: true price by sample_id of test.csv; only a generated catalogue has it.
+        allow_leak: give models without any new row a line too, with a leaked score.
     """
-    table = workspace.prepared("train").set_index("sample_id")
-    folds = workspace.folds()
-    role = roles(0)
-    price = table["price"]
-    validation = price[folds.reindex(price.index).isin(role.validate)]
-    constant = best_constant(price[folds.reindex(price.index).isin(role.fit)].to_numpy())
-    lines = [_line("constant", validation, pd.Series(constant, validation.index), test_truth,
-                   None if test_truth is None else pd.Series(constant, test_truth.index))]  # fmt: skip
-    for label, run in MODELS.items():
-        predicted = _predicted(workspace, run, "train")
-        if predicted is not None:
-            known = validation.index.intersection(predicted.index)
-            test = _predicted(workspace, run, "test") if test_truth is not None else None
-            if len(known):
-                lines.append(_line(label, validation[known], predicted[known], test_truth, test))
-    return pd.DataFrame(lines)
+    train = workspace.training_table().set_index("sample_id")
+    lines = []
+    for name in sorted(prediction_names(workspace), key=_place_in_table):
+        try:
+            predictions = read_predictions(workspace, name, "train")
+            scored = predictions.unseen
+            if not scored.any() and not allow_leak:
+                predictions.require_unseen()
+        except InputError as reason:
+            print(f"not scored: {reason}")
+            continue
+        column = "validation SMAPE" if scored.any() else "leaked SMAPE"
+        rows = scored if scored.any() else np.ones(len(scored), bool)
+        line = {"model": LABELS.get(name, name), **_score(train, predictions, rows, column)}
+        if test_truth is not None:
+            line["test SMAPE"] = _test_score(workspace, name, test_truth)
+        lines.append(line)
+    table = pd.DataFrame([*_constants(train, lines, test_truth), *lines])
+    first = ["model", "folds", "rows", "validation SMAPE", "±"]
+    return table[[*first, *table.columns.difference(first)]]
 
 
-def _predicted(workspace: Workspace, run: str, split: str) -> pd.Series | None:
-    path = workspace.path("predictions", name=run, split=split)
-    if not path.is_file():
-        return None
-    table = read_table(path)
-    return pd.Series(np.expm1(table["log_price"].astype(float).to_numpy()), index=table["sample_id"])
+def _place_in_table(name: str) -> tuple[int, str]:
+    known = list(LABELS)
+    return (known.index(name) if name in known else len(known), name)
 
 
-def _line(label: str, price: pd.Series, predicted: pd.Series, test_truth, test_predicted) -> dict:
-    score, error = smape_with_error(price.to_numpy(), predicted.to_numpy())
-    line = {"model": label, "rows": len(price), "validation SMAPE": round(score, 2), "±": round(error, 2)}
-    if test_truth is not None:
-        line["test SMAPE"] = np.nan
-        if test_predicted is not None:
-            known = test_truth.index.intersection(test_predicted.index)
-            test_score = smape_with_error(test_truth[known].to_numpy(), test_predicted[known].to_numpy())[0]
-            line["test SMAPE"] = round(test_score, 2)
-    return line
+def _score(train: pd.DataFrame, predictions: Predictions, rows: np.ndarray, column: str) -> dict:
+    price = train.loc[predictions.sample_ids[rows], "price"].to_numpy()
+    score, error = smape_with_error(price, predictions.price[rows])
+    folds = sorted(set(predictions.fold[rows].tolist()))
+    return {"folds": _written(folds), "rows": len(price), column: round(score, 2), "±": round(error, 2)}
 
 
-def write_scores(workspace: Path, sample: Path | None = None) -> str:
+def _written(folds: list[int]) -> str:
+    return " ".join(map(str, folds))
+
+
+def _test_score(workspace: Workspace, name: str, truth: pd.Series) -> float:
+    """SMAPE on the test rows of known price; NaN where the model has not priced test.csv."""
+    if not workspace.path("predictions", name=name, split="test").is_file():
+        return np.nan
+    predicted = read_predictions(workspace, name, "test").by_id
+    known = truth.index.intersection(predicted.index)
+    return round(smape(truth[known].to_numpy(), predicted[known].to_numpy()), 2)
+
+
+def _constants(train: pd.DataFrame, lines: list[dict], test_truth: pd.Series | None) -> list[dict]:
+    """The best constant beside each set of folds that a model is scored on; of an empty table, on hold-out 0."""
+    first = _written(list(roles(0).validate))
+    of_models = {line["folds"] for line in lines if "validation SMAPE" in line}
+    constants = []
+    for folds in sorted(of_models or {first}):
+        scored = train[train["fold"].isin([int(fold) for fold in folds.split()])]
+        predicted = pd.Series(np.nan, scored.index)
+        for holdout in range(N_HOLDOUTS):
+            role = roles(holdout)
+            fitted = train.loc[train["fold"].isin(role.fit), "price"].to_numpy()
+            predicted[scored["fold"].isin(role.validate)] = best_constant(fitted)
+        score, error = smape_with_error(scored["price"].to_numpy(), predicted.to_numpy())
+        line = {"model": "constant", "folds": folds, "rows": len(scored)}
+        line |= {"validation SMAPE": round(score, 2), "±": round(error, 2)}
+        if test_truth is not None:
+            constant = np.full(len(test_truth), predicted.iloc[0])
+            line["test SMAPE"] = round(smape(test_truth.to_numpy(), constant), 2)
+        constants.append(line)
+    return constants
+
+
+def write_scores(root: Path, sample: Path | None = None, *, allow_leak: bool = False) -> str:
     """Write scores.csv into the workspace and return the table as text.
 
     Args:
@@ -90,20 +131,24 @@ def write_scores(workspace: Path, sample: Path | None = None) -> str:
         known = read_table(sample / "test_truth.csv")
         truth = pd.Series(known["price"].astype(float).to_numpy(), index=known["sample_id"])
         law = read_json(sample / "truth.json")
-    table = score_table(Workspace(workspace), truth)
+    workspace = Workspace(root)
+    table = score_table(workspace, truth, allow_leak=allow_leak)
     if law is not None:
-        best = {"model": "best possible", "rows": np.nan, "validation SMAPE": round(law["best_smape_expected"], 2),
-                "±": np.nan, "test SMAPE": round(law["best_smape_on_test"], 2)}  # fmt: skip
+        best = {
+            "model": "best possible",
+            "validation SMAPE": round(law["best_smape_expected"], 2),
+            "test SMAPE": round(law["best_smape_on_test"], 2),
+        }
         table = pd.concat([table, pd.DataFrame([best])], ignore_index=True)
     table["rows"] = table["rows"].astype("Int64")
-    with atomic_write(workspace / "scores.csv") as file:
+    with atomic_write(workspace.path("scores")) as file:
         table.to_csv(file, index=False, float_format="%.2f")
     return table.to_string(index=False, na_rep="", justify="right", float_format="%.2f")
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(ScoreSettings, argv, description=__doc__.split("\n")[0])
-    print(write_scores(Path(settings.workspace)))
+    print(write_scores(settings.workspace, allow_leak=settings.allow_leak))
 
 
 if __name__ == "__main__":

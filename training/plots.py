@@ -11,15 +11,17 @@ from contracts.smape import price_bin, smape_terms
 
 
 def plot_training_curves(path: Path, metrics: list[dict[str, float]], *, title: str) -> None:
-    """One panel a logged quantity over the step; quantities that differ only in their prefix share a panel.
+    """Draw each logged quantity over the step, one panel per quantity.
 
-    `train/loss` and `stop/loss` are drawn together, `lr` alone.
+    Quantities that differ only in their prefix share a panel: `train/loss` and `stop/loss` are drawn together.
     """
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for line in metrics:
         for name, value in line.items():
-            if name not in ("step", "epoch"):
-                panels.setdefault(name.split("/")[-1], {}).setdefault(name, []).append((line["step"], value))
+            if name in ("step", "epoch"):
+                continue
+            curves = panels.setdefault(name.split("/")[-1], {})
+            curves.setdefault(name, []).append((line["step"], value))
     with figure_at(path, columns=max(1, len(panels)), width=4.2, height=3.4) as (figure, axes):
         figure.suptitle(title)
         for axis, (quantity, curves) in zip(axes, panels.items(), strict=False):
@@ -34,19 +36,21 @@ def plot_error_by_price(path: Path, price: np.ndarray, predicted: np.ndarray, *,
     """Predicted over true price, and the SMAPE of each price bin with its number of rows."""
     import pandas as pd
 
-    terms = pd.Series(smape_terms(price, predicted)).groupby(price_bin(price), observed=True)
-    with figure_at(path, columns=2, width=5.2, height=4) as (figure, axes):
+    terms = smape_terms(price, predicted)
+    by_bin = pd.Series(terms).groupby(price_bin(price), observed=True)
+    mean, rows = by_bin.mean(), by_bin.size()
+    with figure_at(path, columns=2, width=5.2, height=4) as (figure, (scatter, bars)):
         figure.suptitle(title)
-        low, high = min(price.min(), predicted.min()), max(price.max(), predicted.max())
-        axes[0].scatter(price, predicted, s=5, alpha=0.4, linewidths=0)
-        axes[0].plot([low, high], [low, high], color="black", linewidth=0.8)
-        axes[0].set(xscale="log", yscale="log", xlabel="true price, $", ylabel="predicted price, $")
-        mean, size = terms.mean(), terms.size()
-        bars = axes[1].bar(mean.index.astype(str), mean)
-        axes[1].bar_label(bars, [f"n={rows}" for rows in size], fontsize=8)
-        axes[1].axhline(smape_terms(price, predicted).mean(), color="black", linewidth=0.8, linestyle="--")
-        axes[1].set(xlabel="true price", ylabel="SMAPE, %")
-        axes[1].tick_params(axis="x", rotation=30)
+        both = np.concatenate([price, predicted])
+        ends = [both.min(), both.max()]
+        scatter.scatter(price, predicted, s=5, alpha=0.4, linewidths=0)
+        scatter.plot(ends, ends, color="black", linewidth=0.8)
+        scatter.set(xscale="log", yscale="log", xlabel="true price, $", ylabel="predicted price, $")
+        drawn = bars.bar(mean.index.astype(str), mean)
+        bars.bar_label(drawn, [f"n={count}" for count in rows], fontsize=8)
+        bars.axhline(terms.mean(), color="black", linewidth=0.8, linestyle="--")
+        bars.set(xlabel="true price", ylabel="SMAPE, %")
+        bars.tick_params(axis="x", rotation=30)
 
 
 class figure_at:

@@ -2,7 +2,7 @@
 
 checkpoints/<run>/settings.json    the resolved settings
                   manifest.json    versions, seed, command, git state, hardware, sha256 of the inputs
-                  metrics.jsonl    one line a logged step
+                  metrics.jsonl    one line per logged step
                   step_00000120/   weights and training state; its COMPLETE file is written last
                   model.safetensors, …  the finished model
                   COMPLETE         written last of all
@@ -32,18 +32,11 @@ if TYPE_CHECKING:
 MARKER = "COMPLETE"
 READABLE = 0o644  # safetensors and peft make files that only their owner can read
 _MAY_DIFFER_ON_RESUME = {
-    "resume", "report_to", "workers", "device", "epochs", "checkpoint_steps", "tokens_per_batch",
+    "resume", "report_to", "workers", "device", "epochs", "save_steps", "save_epochs", "tokens_per_batch",
 }  # fmt: skip
 _PACKAGES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "open_clip_torch",
-    "numpy",
-)
+    "torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes", "open_clip_torch", "numpy",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -57,7 +50,7 @@ class RunFolder:
     def start(
         cls, path: Path, settings: Any, *, inputs: list[Path], resume: bool = False, report_to: str = "none"
     ) -> RunFolder:
-        """Begin a run, or continue it with `resume`. Without `resume` what the folder held before is replaced.
+        """Begin a run, or continue it with `resume`. Without `resume`, what the folder held before is replaced.
 
         Raises InputError when a resumed run was started with other settings or other input files.
         """

@@ -6,8 +6,10 @@ import pytest
 
 from contracts.catalog import read_table
 from contracts.errors import InputError
-from contracts.files import read_json
+from contracts.files import read_json, sidecar_of
+from contracts.predictions import read_predictions, write_predictions
 from contracts.smape import smape
+from contracts.splits import fitted_on, fitted_out_of_fold
 from contracts.workspace import Workspace
 from ensemble import train
 from ensemble.weights import fit_weights, interval_half_width
@@ -23,10 +25,15 @@ def workspace(sample_workspace, tmp_path):
         ln_price = np.log(table["price"]) if split == "train" else generator.normal(2.5, 1, len(table))
         for name, error in (("a", 0.4), ("b", 0.4), ("noise", 3.0)):
             predicted = ln_price + generator.normal(0, error, len(table))
-            path = workspace.path("predictions", name=name, split=split)
-            path.parent.mkdir(exist_ok=True)
-            table[["sample_id"]].assign(log_price=np.log1p(np.exp(predicted))).to_csv(path, index=False)
+            write(workspace, name, split, table["sample_id"], predicted)
     return workspace
+
+
+def write(workspace, name, split, ids, ln_predicted, seen=None):
+    """Predictions of a model that is out of fold, or was fitted on what `seen` says."""
+    meta = {"stage": "test", "model": name, "fitted_on": seen or fitted_out_of_fold(5)}
+    log_price = np.log1p(np.exp(np.asarray(ln_predicted)))
+    return write_predictions(workspace, name, split, np.asarray(ids), log_price, meta=meta)
 
 
 def test_weights_find_the_mean_of_two_independent_models():
@@ -73,17 +80,60 @@ def test_ensemble_beats_its_members_and_writes_every_test_row(workspace):
 
 
 def test_a_model_that_lacks_rows_is_left_out_or_refused_by_name(workspace):
-    path = workspace.path("predictions", name="b", split="train")
-    read_table(path).head(100).to_csv(path, index=False)
-    assert {line["model"] for line in train.main(["--workspace", str(workspace.root)])["members"]} == {
-        "a",
-        "noise",
-    }
+    rows = workspace.prepared("train").head(100)
+    write(workspace, "b", "train", rows["sample_id"], np.log(rows["price"]))
+    summary = train.main(["--workspace", str(workspace.root)])
+    assert {line["model"] for line in summary["members"]} == {"a", "noise"}
     with pytest.raises(InputError, match="b_train.csv: no prediction for 300 rows.*not out of fold"):
         train.main(["--workspace", str(workspace.root), "--members", "a", "b"])
 
 
 def test_no_member_at_all(workspace):
     shutil.rmtree(workspace.root / "predictions")
-    with pytest.raises(InputError, match="no model has predicted all rows"):
+    with pytest.raises(InputError, match="no model has predicted all rows out of fold"):
         train.main(["--workspace", str(workspace.root)])
+
+
+def cheat(workspace, name="cheat", **how):
+    """A model that knows the price of every training row."""
+    rows = workspace.prepared("train")
+    write(workspace, name, "train", rows["sample_id"], np.log(rows["price"]) + 0.01, **how)
+    tests = workspace.prepared("test")
+    write(workspace, name, "test", tests["sample_id"], np.full(len(tests), 2.5), **how)
+
+
+def test_a_member_that_has_seen_its_rows_is_refused_or_left_out(workspace, capsys):
+    cheat(workspace, seen=fitted_on(encoder_folds=tuple(range(10))))
+    arguments = ["--workspace", str(workspace.root)]
+    with pytest.raises(InputError, match="cheat_train.csv: no honest score"):
+        train.main([*arguments, "--members", "a", "cheat"])
+    summary = train.main(arguments)
+    assert "left out" in capsys.readouterr().out
+    assert {line["model"] for line in summary["members"]} == {"a", "b", "noise"}
+    assert summary["smape"] > 20
+
+
+def test_a_leaked_score_is_called_leaked_here_and_in_what_reads_it(workspace, capsys):
+    cheat(workspace, seen=fitted_on(encoder_folds=(0, 1, 2)))
+    summary = train.main(["--workspace", str(workspace.root), "--members", "a", "cheat", "--allow-leak"])
+    assert "smape" not in summary and summary["leaked_smape"] < 5
+    assert "leaked SMAPE" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"folds \[0, 1, 2\]"):
+        read_predictions(workspace, "ensemble", "train").require_unseen()
+
+
+def test_a_member_of_unknown_origin_is_refused(workspace):
+    cheat(workspace)
+    sidecar_of(workspace.path("predictions", name="cheat", split="train")).unlink()
+    with pytest.raises(InputError, match="says what its model was fitted on"):
+        train.main(["--workspace", str(workspace.root), "--members", "a", "cheat"])
+    assert not workspace.path("submission").exists()
+
+
+def test_a_row_without_a_fold_ends_in_one_line(workspace):
+    folds = workspace.path("folds")
+    header, first, *rest = folds.read_text().splitlines()
+    folds.write_text("\n".join([header, *rest]) + "\n")
+    with pytest.raises(InputError, match=f"no fold for sample_id {first.split(',')[0]}"):
+        train.main(["--workspace", str(workspace.root)])
+    assert not workspace.path("submission").exists()

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from contracts.errors import InputError, run_entry_point
-from training.device import choose_device, choose_dtype, guard_torchvision, require_model_source
+from training.device import (
+    build_accelerator,
+    choose_device,
+    choose_dtype,
+    guard_torchvision,
+    require_model_source,
+)
 
 
 def test_open_clip_and_timm_import_after_the_guard():
@@ -36,9 +42,64 @@ def test_precision_is_full_on_a_cpu():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_missing_cuda_is_one_line():
-    with pytest.raises(InputError, match="--device cuda"):
-        choose_device("cuda")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_missing_cuda_is_one_line(name):
+    with pytest.raises(InputError, match=f"--device {name}: this torch sees no CUDA device"):
+        choose_device(name)
+
+
+def test_an_unknown_device_is_one_line():
+    with pytest.raises(InputError, match="--device abacus: choose"):
+        choose_device("abacus")
+
+
+@pytest.fixture
+def two_cuda_devices(monkeypatch):
+    """What torch says on a machine with two CUDA devices; returns the devices that were made current."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+def test_a_numbered_device_is_that_device(two_cuda_devices, monkeypatch):
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(InputError, match="cuda:2: there are 2 CUDA devices"):
+        choose_device("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_device("cuda") == torch.device("cuda:1")
+    with pytest.raises(InputError, match="torchrun gives each process its own device"):
+        choose_device("cuda:1")
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its device for the life of a process; a test that asks for another one starts over."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+def test_accelerate_computes_on_the_device_that_was_asked_for(two_cuda_devices, fresh_accelerate):
+    accelerator = build_accelerator(torch.device("cuda:1"))
+    assert accelerator.device == torch.device("cuda:1")
+    assert two_cuda_devices == [torch.device("cuda:1")]
+    with pytest.raises(InputError, match="already computes on cuda:1"):
+        build_accelerator(torch.device("cuda:0"))
+
+
+def test_accelerate_on_the_cpu(fresh_accelerate):
+    accelerator = build_accelerator(torch.device("cpu"), "auto")
+    assert accelerator.device == torch.device("cpu")
+    assert accelerator.mixed_precision == "no"
 
 
 def test_a_local_model_must_exist_and_a_hub_id_passes(tmp_path):

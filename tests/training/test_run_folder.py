@@ -1,12 +1,13 @@
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from contracts.errors import InputError
 from contracts.files import atomic_write, read_json
-from training.run_folder import RunFolder
-from training.settings import parse_settings
+from training.run_folder import RunFolder, save_weights, weights_hash
 
 
 @dataclass
@@ -28,23 +29,6 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_precedence_flags_over_file_over_preset(tmp_path):
-    (tmp_path / "c.yaml").write_text("epochs: 5\nlr: 0.5\n")
-    presets = {"base": {}, "tiny": {"epochs": 9, "hidden": (1,)}}
-    argv = ["--preset", "tiny", "--config", str(tmp_path / "c.yaml"), "--lr", "0.25"]
-    settings = parse_settings(Settings, argv, description="", presets=presets)
-    assert settings == Settings("tiny", 0.25, 5, (1,))
-    assert parse_settings(Settings, ["--resume"], description="").resume is True
-
-
-@pytest.mark.parametrize("argv", [["--preset", "huge"], ["--epochs", "many"], ["--epohcs", "3"]])
-def test_wrong_settings_exit_with_2(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_settings(Settings, argv, description="", presets={"base": {}, "tiny": {}})
-    assert caught.value.code == 2
-    assert "error" in capsys.readouterr().err
 
 
 def start(tmp_path, settings, **options):
@@ -100,6 +84,61 @@ def test_starting_again_replaces_the_old_run(tmp_path):
     assert again.metrics() == []
 
 
-def test_nan_loss_ends_the_run(tmp_path):
-    with pytest.raises(InputError, match="loss is NaN at step 7"):
-        start(tmp_path, Settings()).log(7, loss=float("nan"))
+@pytest.mark.parametrize(
+    ("value", "written"), [(float("nan"), "NaN"), (float("inf"), "inf"), (-float("inf"), "-inf")]
+)
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_logged(tmp_path, value, written):
+    run = start(tmp_path, Settings())
+    run.log(6, loss=1.0)
+    with pytest.raises(InputError, match=f"loss is {written} at step 7"):
+        run.log(7, loss=value)
+    assert run.metrics() == [{"step": 6, "loss": 1.0}]
+
+
+def test_every_file_of_a_finished_run_can_be_read_by_all(tmp_path):
+    run = start(tmp_path, Settings())
+    (run.path / "adapter").mkdir()
+    save_file(
+        {"w": torch.zeros(1)}, run.path / "adapter" / "adapter_model.safetensors"
+    )  # mode 0600, as peft leaves it
+    save_weights(run.path / "head.safetensors", {"w": torch.zeros(3, 2).T})
+    run.finish()
+    assert {file.stat().st_mode & 0o777 for file in run.path.rglob("*") if file.is_file()} == {0o644}
+
+
+def test_the_hash_of_the_weights_changes_with_the_weights_alone(tmp_path):
+    save_weights(tmp_path / "a.safetensors", {"w": torch.zeros(2)})
+    before = weights_hash(tmp_path)
+    (tmp_path / "notes.txt").write_text("no weights")
+    assert weights_hash(tmp_path) == before
+    save_weights(tmp_path / "a.safetensors", {"w": torch.ones(2)})
+    assert weights_hash(tmp_path) != before
+
+
+def test_settings_of_an_older_version_are_read_under_their_new_names(tmp_path):
+    @dataclass
+    class Old:
+        clip_norm: float = 2.0
+        forgotten: int = 1
+        seed: int = 3
+
+    @dataclass
+    class New:
+        RENAMED: ClassVar[dict[str, str | None]] = {"clip_norm": "max_grad_norm", "forgotten": None}
+        max_grad_norm: float = 1.0
+        seed: int = 0
+
+    run = start(tmp_path, Old())
+    assert run.settings(New) == New(max_grad_norm=2.0, seed=3)
+    start(tmp_path, New(max_grad_norm=2.0, seed=3), resume=True)
+    with pytest.raises(InputError, match="max_grad_norm was 2.0"):
+        start(tmp_path, New(max_grad_norm=5.0, seed=3), resume=True)
+
+
+def test_a_complete_run_has_nothing_to_resume(tmp_path, capsys):
+    run = start(tmp_path, Settings())
+    assert not run.already_complete(resume=True)
+    run.finish()
+    assert not run.already_complete(resume=False)
+    assert run.already_complete(resume=True)
+    assert "this run is complete" in capsys.readouterr().out

@@ -59,6 +59,7 @@ class Predictions:
         """(N,) bool: training rows that neither the model nor an encoder behind it was fitted on."""
         if self.meta is None:
             return np.zeros(len(self.sample_ids), bool)
+        assert self.fold is not None, "only training rows have folds"
         leaked = leaked_folds(self.meta["fitted_on"], tuple(range(N_FOLDS)))
         return ~np.isin(self.fold, leaked)
 
@@ -70,6 +71,7 @@ class Predictions:
                 "or --allow-leak for a number called leaked"
             )
         if not self.unseen.all():
+            assert self.fold is not None
             folds = sorted(set(self.fold[~self.unseen].tolist()))
             raise InputError(
                 f"{self.path}: no honest score: its model was fitted on rows of folds {folds} that it predicts; "

@@ -17,8 +17,6 @@ class EnsembleSettings:
     run: str = "ensemble"
     """Name of the combined predictions, and of the folder under checkpoints/ with weights and scores."""
     out: str = ""
-    """File that receives the test prices; empty means test_out.csv in the workspace."""
-    intervals: bool = False
-    """Also write 80 % and 95 % price intervals, to test_intervals.csv beside the test prices."""
+    """File that receives the test prices; empty means test_out.csv in the workspace. The intervals go beside it."""
     allow_leak: bool = False
     """Combine members that were fitted on rows they predict, and call the score "leaked", instead of refusing them."""

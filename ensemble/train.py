@@ -1,11 +1,11 @@
-"""Combine models by their out-of-fold predictions and write test_out.csv.
+"""Combine models by their out-of-fold predictions, keep the combination, and write test_out.csv.
 
     python -m ensemble.train --workspace OUT --members words_mlp words_ridge words_lightgbm
 
 The weights of each hold-out are fitted on the other four, so the printed score is the error on rows that neither the
-models nor their weights have seen. The weights that price test.csv are fitted on all rows.
+models nor their weights have seen. The weights that are kept and price other tables are fitted on all rows.
 
-Legend: N rows, J models.
+Legend: N rows, J members.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import numpy as np
 import pandas as pd
 
 from contracts.errors import InputError, run_entry_point
-from contracts.files import atomic_write, write_json
-from contracts.predictions import Predictions, prediction_names, read_predictions, write_predictions
+from contracts.files import write_json
+from contracts.predictions import prediction_names, read_predictions, write_predictions
 from contracts.smape import smape, smape_with_error
 from contracts.splits import N_FOLDS, N_HOLDOUTS, fitted_on, roles, union_fitted_on
-from contracts.workspace import SPLITS, Workspace
+from contracts.workspace import Workspace
 from ensemble.config import EnsembleSettings
+from ensemble.predict import ln_prices_of, write_prices
+from ensemble.saved import Ensemble, Member
 from ensemble.weights import difficulty_of, fit_weights, interval_half_width
 from training.plots import plot_error_by_price
 from training.settings import parse_settings
@@ -31,12 +33,12 @@ COVERAGES = (0.80, 0.95)
 
 
 @dataclass
-class Members:
-    """The models to combine, in the order of the tables' rows."""
+class Candidates:
+    """The models to combine, and their ln prices in the order of the tables' rows."""
 
-    names: list[str]
+    members: tuple[Member, ...]
     ln_predicted: dict[str, np.ndarray]
-    """(N, J) ln prices of each split"""
+    """(N, J) of each table"""
     fitted_on: list[list[int]]
     """for the training rows of each fold, the folds that any member was fitted on"""
     leaked: bool
@@ -44,14 +46,14 @@ class Members:
 
 
 def choose_members(workspace: Workspace, ids: dict[str, pd.Index], but: str) -> list[str]:
-    """Every model that has priced all rows of both tables without having seen them, except the ensemble itself."""
+    """Every model that has priced all rows of all tables without having seen them, except the ensemble itself."""
     chosen = []
     for name in prediction_names(workspace):
-        files = [workspace.path("predictions", name=name, split=split) for split in SPLITS]
+        files = [workspace.path("predictions", name=name, split=table) for table in ids]
         if name == but or not all(file.is_file() for file in files):
             continue
-        predictions = {split: read_predictions(workspace, name, split) for split in SPLITS}
-        if any(not ids[split].isin(predictions[split].sample_ids).all() for split in SPLITS):
+        predictions = {table: read_predictions(workspace, name, table) for table in ids}
+        if any(not ids[table].isin(predictions[table].sample_ids).all() for table in ids):
             continue
         try:
             predictions["train"].require_unseen()
@@ -67,42 +69,32 @@ def choose_members(workspace: Workspace, ids: dict[str, pd.Index], but: str) -> 
     return chosen
 
 
-def read_members(
+def read_candidates(
     workspace: Workspace, names: list[str], ids: dict[str, pd.Index], *, allow_leak: bool
-) -> Members:
+) -> Candidates:
     """Read the prices of each model.
 
     Raises:
         InputError: a model lacks rows, or was fitted on rows that it predicts (unless `allow_leak`).
     """
-    columns: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    entries = []
-    leaked = False
+    members, entries, leaked = [], [], False
+    columns: dict[str, list[np.ndarray]] = {table: [] for table in ids}
     for name in names:
-        for split in SPLITS:
-            predictions = read_predictions(workspace, name, split)
-            columns[split].append(_ln_price_of(predictions, ids[split]))
-            if split == "test":
-                continue
-            if allow_leak:
-                leaked = leaked or not predictions.unseen.all()
-            else:
-                predictions.require_unseen()
-            unknown = fitted_on(encoder_folds=tuple(range(N_FOLDS)))
-            entries.append(predictions.meta["fitted_on"] if predictions.meta else unknown)
-    ln_predicted = {split: np.stack(columns[split], axis=1) for split in SPLITS}
-    return Members(names, ln_predicted, union_fitted_on(*entries), leaked)
+        for table in ids:
+            columns[table].append(ln_prices_of(read_predictions(workspace, name, table), ids[table]))
+        train = read_predictions(workspace, name, "train")
+        if not allow_leak:
+            train.require_unseen()
+        leaked = leaked or not train.unseen.all()
+        meta = train.meta or {"stage": "unknown", "model": name, "fitted_on": _all_folds()}
+        entries.append(meta["fitted_on"])
+        members.append(Member(name, meta["stage"], meta["model"]))
+    ln_predicted = {table: np.stack(columns[table], axis=1) for table in ids}
+    return Candidates(tuple(members), ln_predicted, union_fitted_on(*entries), leaked)
 
 
-def _ln_price_of(predictions: Predictions, ids: pd.Index) -> np.ndarray:
-    """(N,) ln prices in the order of `ids`."""
-    by_id = predictions.by_id
-    missing = ids.difference(by_id.index)
-    if len(missing):
-        raise InputError(
-            f"{predictions.path}: no prediction for {len(missing)} rows, first {missing[0]}; it is not out of fold"
-        )
-    return np.log(by_id[ids].to_numpy())
+def _all_folds() -> list[list[int]]:
+    return fitted_on(encoder_folds=tuple(range(N_FOLDS)))
 
 
 def nested_predictions(ln_predicted: np.ndarray, ln_price: np.ndarray, fold: np.ndarray) -> np.ndarray:
@@ -125,20 +117,39 @@ def nested_coverage(ln_error: np.ndarray, difficulty: np.ndarray, fold: np.ndarr
     return float(inside.mean())
 
 
+def fit_ensemble(candidates: Candidates, price: np.ndarray, fold: np.ndarray) -> tuple[Ensemble, np.ndarray]:
+    """The ensemble, with weights and intervals of all rows and a nested score; and the nested ln prices (N,)."""
+    ln_predicted, ln_price = candidates.ln_predicted["train"], np.log(price)
+    nested = nested_predictions(ln_predicted, ln_price, fold)
+    smape_of_all, error = smape_with_error(price, np.exp(nested))
+    ln_error = nested - ln_price
+    difficulty = difficulty_of(ln_predicted)
+    coverage = {f"{level:.0%}": nested_coverage(ln_error, difficulty, fold, level) for level in COVERAGES}
+    score = {
+        "leaked_smape" if candidates.leaked else "smape": smape_of_all,
+        "standard_error": error,
+        "rows": len(price),
+        "coverage": coverage,
+    }
+    factors = {level: interval_half_width(ln_error, difficulty, level) for level in COVERAGES}
+    weights = tuple(fit_weights(ln_predicted, ln_price).tolist())
+    return Ensemble(candidates.members, weights, factors, score), nested
+
+
 def table_of_members(
-    members: Members, price: np.ndarray, fold: np.ndarray, weights: np.ndarray
+    candidates: Candidates, price: np.ndarray, fold: np.ndarray, weights: tuple[float, ...]
 ) -> pd.DataFrame:
     """Each model alone, its weight, and what the ensemble would score without it."""
-    ln_predicted = members.ln_predicted["train"]
+    ln_predicted = candidates.ln_predicted["train"]
     lines = []
-    for position, name in enumerate(members.names):
+    for position, member in enumerate(candidates.members):
         others = np.delete(ln_predicted, position, axis=1)
         without = np.nan
         if others.shape[1]:
             without = smape(price, np.exp(nested_predictions(others, np.log(price), fold)))
         lines.append(
             {
-                "model": name,
+                "model": member.name,
                 "smape_alone": smape(price, np.exp(ln_predicted[:, position])),
                 "weight": weights[position],
                 "smape_without_it": without,
@@ -147,103 +158,49 @@ def table_of_members(
     return pd.DataFrame(lines)
 
 
-def with_intervals(
-    submission: pd.DataFrame, ln_price: np.ndarray, half_widths: dict[float, np.ndarray]
-) -> pd.DataFrame:
-    """The submission with the columns low_<level> and high_<level> of each coverage."""
-    table = submission.copy()
-    for level, half in half_widths.items():
-        table[f"low_{level:.0%}"] = np.exp(ln_price - half).round(4)
-        table[f"high_{level:.0%}"] = np.exp(ln_price + half).round(4)
-    return table
-
-
-@dataclass
-class Combined:
-    """The ensemble of some members, scored and applied."""
-
-    weights: np.ndarray
-    """(J,) fitted on all training rows; they price the test rows"""
-    ln_price: dict[str, np.ndarray]
-    """of the training rows with nested weights, of the test rows with `weights`"""
-    score: float
-    error: float
-    coverage: dict[str, float]
-    half_widths: dict[float, np.ndarray]
-    """of the test rows' intervals in ln price, for each of COVERAGES"""
-
-
-def combine(members: Members, price: np.ndarray, fold: np.ndarray) -> Combined:
-    """Fit weights and intervals: hold-out by hold-out for the score, on all rows for the test prices."""
-    ln_predicted, ln_price = members.ln_predicted["train"], np.log(price)
-    nested = nested_predictions(ln_predicted, ln_price, fold)
-    score, error = smape_with_error(price, np.exp(nested))
-    ln_error = nested - ln_price
-    difficulty = difficulty_of(ln_predicted)
-    coverage = {f"{level:.0%}": nested_coverage(ln_error, difficulty, fold, level) for level in COVERAGES}
-
-    weights = fit_weights(ln_predicted, ln_price)
-    spread = difficulty_of(members.ln_predicted["test"])
-    half_widths = {level: interval_half_width(ln_error, difficulty, level) * spread for level in COVERAGES}
-    of_splits = {"train": nested, "test": members.ln_predicted["test"] @ weights}
-    return Combined(weights, of_splits, score, error, coverage, half_widths)
-
-
-def write_scores(
-    folder: Path, members: Members, combined: Combined, price: np.ndarray, fold: np.ndarray
-) -> dict:
-    """Print and store the table of members, the score and the coverage of the intervals; returns the summary."""
-    name = "leaked" if members.leaked else "nested out-of-fold"
-    listed = table_of_members(members, price, fold, combined.weights)
-    covers = ", ".join(f"{share:.1%} at nominal {level}" for level, share in combined.coverage.items())
-    print(listed.to_string(index=False, float_format="%.3f"))
-    print(f"ensemble: {name} SMAPE {combined.score:.2f} ± {combined.error:.2f} on {len(price)} rows")
-    print(f"intervals cover {covers}")
-    summary = {
-        "leaked_smape" if members.leaked else "smape": combined.score,
-        "standard_error": combined.error,
-        "rows": len(price),
-        "coverage": combined.coverage,
-        "members": listed.to_dict("records"),
-    }
-    write_json(folder / "summary.json", summary)
-    title = f"{folder.name}: {name} SMAPE {combined.score:.2f}"
-    plot_error_by_price(folder / "error_by_price.png", price, np.exp(combined.ln_price["train"]), title=title)
-    return summary
+def describe(ensemble: Ensemble, listed: pd.DataFrame, *, leaked: bool) -> str:
+    """The table of members, the score and the coverage of the intervals, for people."""
+    score = ensemble.score
+    name, value = ("leaked", score["leaked_smape"]) if leaked else ("nested out-of-fold", score["smape"])
+    covers = ", ".join(f"{share:.1%} at nominal {level}" for level, share in score["coverage"].items())
+    return (
+        f"{listed.to_string(index=False, float_format='%.3f')}\n"
+        f"ensemble: {name} SMAPE {value:.2f} ± {score['standard_error']:.2f} on {score['rows']} rows\n"
+        f"intervals cover {covers}"
+    )
 
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(EnsembleSettings, argv, description=__doc__.split("\n")[0])
     workspace = Workspace(settings.workspace)
-    train, test = workspace.training_table(), workspace.prepared("test")
+    train = workspace.training_table()
     fold, price = train["fold"].to_numpy(), train["price"].to_numpy()
-    ids = {"train": pd.Index(train["sample_id"]), "test": pd.Index(test["sample_id"])}
+    ids = {"train": pd.Index(train["sample_id"])}
+    if workspace.path("prepared", split="test").is_file():
+        ids["test"] = pd.Index(workspace.prepared("test")["sample_id"])
     names = list(settings.members) or choose_members(workspace, ids, but=settings.run)
-    members = read_members(workspace, names, ids, allow_leak=settings.allow_leak)
-    combined = combine(members, price, fold)
-    summary = write_scores(workspace.path("run", name=settings.run), members, combined, price, fold)
+    candidates = read_candidates(workspace, names, ids, allow_leak=settings.allow_leak)
+    ensemble, nested = fit_ensemble(candidates, price, fold)
 
-    all_folds = fitted_on(encoder_folds=tuple(range(N_FOLDS)))
-    for split, seen in (("train", members.fitted_on), ("test", all_folds)):
-        write_predictions(
-            workspace, settings.run, split, ids[split].to_numpy(), np.log1p(np.exp(combined.ln_price[split])),
-            meta={"stage": "ensemble", "model": settings.run, "members": members.names, "fitted_on": seen},
-            fold=fold if split == "train" else None,
-        )  # fmt: skip
-    out = Path(settings.out) if settings.out else workspace.path("submission")
-    test_ln_price = combined.ln_price["test"]
-    submission = pd.DataFrame({"sample_id": ids["test"], "price": np.exp(test_ln_price).round(4)})
-    _write(out, submission)
-    if settings.intervals:
-        intervals = with_intervals(submission, test_ln_price, combined.half_widths)
-        _write(out.with_name("test_intervals.csv"), intervals)
-    print(f"{out}: {len(submission)} prices, median ${submission['price'].median():.2f}")
+    listed = table_of_members(candidates, price, fold, ensemble.weights)
+    report = describe(ensemble, listed, leaked=candidates.leaked)
+    print(report)
+    folder = workspace.path("run", name=settings.run)
+    summary = {**ensemble.score, "members": listed.to_dict("records")}
+    ensemble.save(folder)
+    write_json(folder / "summary.json", summary)
+    title = report.splitlines()[-2]
+    plot_error_by_price(folder / "error_by_price.png", price, np.exp(nested), title=title)
+
+    meta = {"stage": "ensemble", "model": settings.run, "members": names, "fitted_on": candidates.fitted_on}
+    log_price = np.log1p(np.exp(nested))
+    write_predictions(
+        workspace, settings.run, "train", ids["train"].to_numpy(), log_price, meta=meta, fold=fold
+    )
+    if "test" in ids:
+        out = Path(settings.out) if settings.out else None
+        write_prices(workspace, settings.run, ensemble, "test", candidates.ln_predicted["test"], out)
     return summary
-
-
-def _write(path: Path, table: pd.DataFrame) -> None:
-    with atomic_write(path) as file:
-        table.to_csv(file, index=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A catalogue to match: its columns, its checks, and the text that an encoder reads of each record."""
+"""A catalogue to match: its columns, its checks, and the text of each record that an encoder reads."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from contracts.errors import InputError
 from product_matching.config import MAX_CHARACTERS
 
 COLUMNS = ("id", "title", "brand", "model", "category", "description", "price", "upc")
+
+# Shorter words of letters and digits are mostly sizes and amounts, such as 32in or 8mp.
 _MODEL_NUMBER = re.compile(r"(?=.*[a-z])(?=.*\d)\w{5,}")
 
 
 def product_text(table: pd.DataFrame, *, plain: bool = False) -> list[str]:
-    """What the encoder reads of each record: title, brand, model number.
+    """What the encoder reads of each record: brand, title and model number.
 
-    The brand is left out where the title has it. The model number is squeezed to letters and digits, as shops
-    write TF-TV 1022 and tftv1022; where the field is empty it is the longest such word of the title.
+    The brand is left out where the title has it. The model number is reduced to lower-case letters and digits, since
+    one shop writes TF-TV 1022 and another tftv1022. Where the field is empty, it is taken from the title.
 
     Args:
-        plain: join the fields as they are written, the text that published base scores refer to.
+        table: records with the columns title, brand and model.
+        plain: join title, brand and model number as they are written. Published base scores refer to this text.
     """
     join = _plain_text if plain else _text
     return [join(*fields) for fields in zip(table["title"], table["brand"], table["model"], strict=True)]
@@ -36,23 +39,30 @@ def _plain_text(title: str, brand: str, model: str) -> str:
 def _text(title: str, brand: str, model: str) -> str:
     if brand.lower() in title.lower():
         brand = ""
-    return _plain_text(brand, title, _squeeze(model) or model_number(title))
+    number = _letters_and_digits(model) or model_number(title)
+    return " ".join(field for field in (brand, title, number) if field)
 
 
 def model_number(title: str) -> str:
-    """The longest word of at least five letters and digits that has both, or ""."""
-    words = (_squeeze(word) for word in title[:MAX_CHARACTERS].lower().split())
-    return max((word for word in words if _MODEL_NUMBER.fullmatch(word)), key=len, default="")
+    """The longest word of at least five characters that has both letters and digits, or ""."""
+    longest = ""
+    for word in title[:MAX_CHARACTERS].split():
+        word = _letters_and_digits(word)
+        if _MODEL_NUMBER.fullmatch(word) and len(word) > len(longest):
+            longest = word
+    return longest
 
 
-def _squeeze(written: str) -> str:
+def _letters_and_digits(written: str) -> str:
     return re.sub(r"[\W_]", "", written.lower())
 
 
 def read_catalogue(path: Path | str) -> pd.DataFrame:
-    """Read a catalogue csv: columns id and title are required, the others of `COLUMNS` optional, all kept as text.
+    """Read a catalogue csv. Columns id and title are required, the others of `COLUMNS` optional; all stay text.
 
-    Raises InputError: no such file, not UTF-8, no rows, a column missing, an id empty or used twice, no title.
+    Raises:
+        InputError: there is no such file, it is not UTF-8, it has no rows, a column is missing, an id is empty or
+            occurs twice, or a title is empty.
     """
     table = read_table(Path(path))
     if missing := {"id", "title"} - set(table.columns):
@@ -63,14 +73,22 @@ def read_catalogue(path: Path | str) -> pd.DataFrame:
 
 
 def check_catalogue(table: pd.DataFrame, name: Path | str) -> pd.DataFrame:
-    """The catalogue with exactly the columns of `COLUMNS`; raises InputError as `read_catalogue` does."""
+    """The catalogue with exactly the columns of `COLUMNS`. Raises InputError as `read_catalogue` does.
+
+    Args:
+        name: what error messages call the table.
+    """
     if table.empty:
         raise InputError(f"{name}: the catalogue has no rows")
-    table = table.reindex(columns=list(COLUMNS), fill_value="").apply(lambda column: column.str.strip())
+    table = table.reindex(columns=list(COLUMNS), fill_value="")
+    table = table.apply(lambda column: column.str.strip())
     for column in ("id", "title"):
-        if (empty := table[column] == "").any():
-            raise InputError(f"{name}: data row {int(np.flatnonzero(empty)[0]) + 1} has an empty {column}")
-    if (repeated := table["id"].duplicated()).any():
+        empty = (table[column] == "").to_numpy()
+        if empty.any():
+            first = int(np.flatnonzero(empty)[0]) + 1
+            raise InputError(f"{name}: data row {first} has an empty {column}")
+    repeated = table["id"].duplicated()
+    if repeated.any():
         first = table.loc[repeated, "id"].iloc[0]
         raise InputError(f"{name}: id {first} occurs twice ({repeated.sum()} repeated ids in all)")
     return table.reset_index(drop=True)

@@ -1,36 +1,39 @@
-"""Every setting of this folder, once."""
+"""Every setting of this folder with its default. Each program has one dataclass; its fields are its flags."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from contracts.errors import InputError
 from contracts.workspace import REPOSITORY
 
 MAX_CHARACTERS = 2000
-"""What is read of a text. 128 tokens are some 600 characters; tokenising 100,000 would only cost time."""
+"""An encoder is given at most this much of a text: 128 tokens are some 600 characters, and the rest only costs time."""
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass
 class PairSettings:
     pairs: str = ""
-    """folder with train.txt, valid.txt and test.txt"""
+    """folder with train.txt, valid.txt and test.txt, or with left.csv, right.csv and pairs.csv"""
     left: str = ""
-    """csv of the catalogue whose records ask (id, title, upc; brand, model, category, price where known)"""
+    """csv of the catalogue that is matched (id, title, upc; brand, model, category, price where known)"""
     right: str = ""
     """csv of the catalogue that is searched"""
     out: str = "catalogues"
     """folder to write"""
     non_matches: int = 9
-    """similar other products labelled beside each match"""
+    """similar other products that are labelled as non-matches per matched product"""
+
+    def __post_init__(self) -> None:
+        _require_not_negative(self, "non_matches")
 
 
 @dataclass
 class TrainSettings:
     pairs: str = "catalogues"
-    """folder that product_matching.pairs reads or wrote"""
+    """folder with labelled pairs, such as product_matching.pairs writes"""
     workspace: str = str(REPOSITORY)
     """folder with checkpoints/"""
     run: str = "product_matching"
@@ -38,11 +41,11 @@ class TrainSettings:
     model: str = DEFAULT_MODEL
     """sentence-transformers model: hub id or local folder"""
     max_length: int = 128
-    """tokens of a product that the encoder reads"""
+    """tokens of a product text that the encoder reads"""
     held_out: Literal["matches", "pairs"] = "matches"
-    """hide the records of validation and test matches from training, or those of all validation and test pairs"""
+    """matches: records of validation and test matches stay out of training; pairs: those of their non-matches, too"""
     negatives: int = 2
-    """mined hard negatives a match; each makes a triplet of its own"""
+    """mined hard negatives per match; each makes one triplet"""
 
     lora_rank: int = 8
     """rank of the adapters; 0 trains all weights instead"""
@@ -50,25 +53,25 @@ class TrainSettings:
     """adapters are scaled by alpha / rank"""
     lora_dropout: float = 0.1
     """dropout before each adapter"""
-    lora_targets: str = "auto"
-    """layers with adapters, such as query,key,value; auto: attention and dense layers of BERT, MPNet and XLM-R"""
+    target_modules: str = "auto"
+    """layers that get adapters, such as query,key,value; auto: attention and dense layers of BERT, MPNet and XLM-R"""
 
     batch_size: int = 32
-    """triplets a step; every other positive and negative in the batch is a further negative"""
+    """triplets per step; the other positives and negatives of the batch serve as further negatives"""
     cached_mini_batch: int = 0
-    """above 0: the cached loss, which encodes so many texts at a time, for batches that do not fit into memory"""
+    """texts encoded at once by the cached loss, for a batch that does not fit into memory; 0 uses the plain loss"""
     scale: float = 20.0
-    """inverse temperature of the loss"""
+    """inverse temperature of the loss: cosines are multiplied by it"""
     lr: float = 1e-3
-    """peak learning rate of AdamW; the 2e-5 of full fine-tuning hardly moves adapters (README)"""
+    """peak learning rate of AdamW; 2e-5, usual for full fine-tuning, hardly moves adapters (README)"""
     weight_decay: float = 0.01
-    """AdamW's"""
-    warmup: float = 0.1
-    """part of all steps over which the learning rate rises; it then falls linearly to 0"""
+    """weight decay of AdamW"""
+    warmup_ratio: float = 0.1
+    """share of all steps over which the learning rate rises; after that it falls linearly to 0"""
     epochs: int = 2
-    """passes over the triplets (each match stands in `negatives` of them); the best by validation MRR is kept"""
-    clip_norm: float = 1.0
-    """largest norm of the gradient"""
+    """passes over the triplets; the epoch with the best validation MRR is kept"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 elsewhere"""
     device: str = "auto"
@@ -80,36 +83,40 @@ class TrainSettings:
     report_to: Literal["none", "tensorboard"] = "none"
     """also log to tensorboard, under checkpoints/<run>/tensorboard"""
 
+    RENAMED: ClassVar[dict[str, str]] = {
+        "clip_norm": "max_grad_norm",
+        "lora_targets": "target_modules",
+        "warmup": "warmup_ratio",
+    }
+
     def __post_init__(self) -> None:
-        for name in ("max_length", "negatives", "batch_size", "scale", "lr", "epochs", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
-        for name in ("lora_rank", "cached_mini_batch"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
-        for name in ("lora_dropout", "warmup"):
+        _require_positive(
+            self, "max_length", "negatives", "batch_size", "scale", "lr", "epochs", "max_grad_norm"
+        )
+        _require_not_negative(self, "lora_rank", "cached_mini_batch")
+        for name in ("lora_dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie in [0, 1)")
+                raise _refused(self, name, "must be at least 0 and below 1")
 
 
 @dataclass
 class EvaluateSettings:
     pairs: str = "catalogues"
-    """folder that product_matching.pairs reads or wrote"""
+    """folder with labelled pairs, such as product_matching.pairs writes"""
     model: str = DEFAULT_MODEL
     """encoder to score: hub id or local folder, such as checkpoints/<run>/model"""
-    name: str = ""
-    """name of the row in --out; empty means the model"""
+    label: str = ""
+    """name of the row in --out; empty: the value of --model"""
     plain_text: bool = False
-    """join title, brand and model number as they are written; the reference that published base scores use"""
+    """join title, brand and model number as they are written, as published base scores do"""
     split: Literal["valid", "test"] = "test"
     """split to score; the threshold always comes from valid"""
     out: str = ""
-    """csv to which the row is added, in place of an older one of the same name"""
+    """csv to add the row to; an older row with this label is replaced"""
     calibration: str = ""
-    """json file for the confidence calibration measured on the validation pairs"""
+    """json file to write the confidence calibration to; it is fitted to the validation pairs"""
     max_length: int = 128
-    """tokens of a product that the encoder reads"""
+    """tokens of a product text that the encoder reads"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
@@ -123,19 +130,19 @@ class IndexSettings:
     index: str = "index"
     """folder of the index"""
     kind: Literal["auto", "flat", "hnsw", "ivf", "ivfpq"] = "auto"
-    """auto chooses by the number of rows and prints why"""
+    """kind of faiss index; auto chooses by the number of rows and prints why"""
     target_recall: float = 0.95
-    """recall@10 against exact search that the search effort is raised to"""
+    """the search effort is raised until recall@10 against exact search reaches this"""
     calibration: str = ""
-    """json written by product_matching.evaluate --calibration; empty: calibration.json beside the model, if any"""
+    """json file from product_matching.evaluate --calibration; empty: calibration.json in the model's folder, if any"""
     max_length: int = 128
-    """tokens of a product that the encoder reads"""
+    """tokens of a product text that the encoder reads"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
     def __post_init__(self) -> None:
         if not 0 < self.target_recall <= 1:
-            raise InputError(f"--target-recall {self.target_recall}: must lie above 0 and not above 1")
+            raise _refused(self, "target_recall", "must be above 0 and at most 1")
 
 
 @dataclass
@@ -145,15 +152,14 @@ class SearchSettings:
     model: str = ""
     """encoder; empty: the one that the index names"""
     k: int = 5
-    """records a title"""
+    """number of records to show"""
     category: str = ""
     """search only this category"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InputError(f"--k {self.k}: must be at least 1")
+        _require_at_least_one(self, "k")
 
 
 @dataclass
@@ -169,20 +175,18 @@ class ServeSettings:
     max_body_bytes: int = 262_144
     """largest request body"""
     max_titles: int = 64
-    """most titles a request"""
+    """most titles per request"""
     max_title_characters: int = 2000
     """longest title"""
     max_k: int = 100
-    """most records a title"""
+    """most records per title"""
     threads: int = 0
-    """threads that the encoder computes with; 0 leaves the choice to torch"""
+    """CPU threads of the encoder; 0 leaves the choice to torch"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_titles", "max_title_characters", "max_k"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        _require_at_least_one(self, "max_body_bytes", "max_titles", "max_title_characters", "max_k")
 
 
 @dataclass
@@ -194,14 +198,36 @@ class PriceSettings:
     name: str = "matched_prices"
     """name of the prediction files"""
     neighbours: int = 5
-    """matched products a row"""
+    """training products whose prices are averaged per row"""
     sharpness: float = 20.0
-    """a neighbour weighs exp(sharpness * cosine) in the weighted mean"""
+    """a neighbour weighs exp(sharpness * cosine) in the average"""
     max_length: int = 128
-    """tokens of a product that the encoder reads"""
+    """tokens of a product text that the encoder reads"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
 
     def __post_init__(self) -> None:
-        if self.neighbours < 1:
-            raise InputError(f"--neighbours {self.neighbours}: must be at least 1")
+        _require_at_least_one(self, "neighbours")
+
+
+def _require_positive(settings: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name) > 0:  # written this way NaN is refused, too
+            raise _refused(settings, name, "must be above 0")
+
+
+def _require_not_negative(settings: Any, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 0:
+            raise _refused(settings, name, "must not be negative")
+
+
+def _require_at_least_one(settings: Any, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise _refused(settings, name, "must be at least 1")
+
+
+def _refused(settings: Any, name: str, rule: str) -> InputError:
+    flag = name.replace("_", "-")
+    return InputError(f"--{flag} {getattr(settings, name)}: {rule}")

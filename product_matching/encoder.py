@@ -1,4 +1,4 @@
-"""The sentence encoder: load it, embed texts with it, tell one from another. N texts, D embedding width."""
+"""The sentence encoder: load it, embed texts with it, identify its weights. N texts, D embedding width."""
 
 from __future__ import annotations
 
@@ -20,11 +20,19 @@ from training.device import (
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+ENCODING_BATCH = 64
+"""Texts per forward pass when nothing is trained. Fewer than one default training step holds with its gradients."""
+
 
 def load_encoder(name: str, *, max_length: int = 128, device: str = "auto") -> SentenceTransformer:
-    """Load a sentence-transformers model from a hub id or a local folder, in float32.
+    """Load a sentence-transformers model in float32.
 
-    Raises InputError when the folder does not exist or holds no such model.
+    Args:
+        name: hub id or local folder.
+        max_length: tokens of a text that are read; a model with a lower limit keeps its own.
+
+    Raises:
+        InputError: the folder does not exist or holds no such model.
     """
     source = require_model_source(name)
     guard_torchvision()
@@ -32,7 +40,7 @@ def load_encoder(name: str, *, max_length: int = 128, device: str = "auto") -> S
     from transformers.utils import logging
 
     if os.environ.get("TRANSFORMERS_VERBOSITY") is None:
-        logging.disable_progress_bar()  # a bar for each of a hundred small tensors
+        logging.disable_progress_bar()  # otherwise there is one bar per small tensor
     try:
         encoder = SentenceTransformer(source, device=str(choose_device(device)))
     except (OSError, ValueError, KeyError) as error:
@@ -41,27 +49,29 @@ def load_encoder(name: str, *, max_length: int = 128, device: str = "auto") -> S
     return encoder.float()
 
 
-def encode(
-    encoder: SentenceTransformer, texts: list[str], *, batch_size: int = 64, progress: bool = False
-) -> np.ndarray:
-    """Embed texts: (N, D) float32, every row of length 1, so that a dot product is a cosine.
+def encode(encoder: SentenceTransformer, texts: list[str], *, progress: bool = False) -> np.ndarray:
+    """Embed texts: (N, D) float32. Every row has length 1, so a dot product of two rows is their cosine.
 
-    Raises InputError when the encoder answers with NaN or inf: its weights are damaged.
+    Raises InputError when an embedding holds NaN or inf: the encoder's weights are damaged.
     """
-    width = encoder.get_embedding_dimension()
     if not texts:
-        return np.zeros((0, width), np.float32)
+        return np.zeros((0, encoder.get_embedding_dimension()), np.float32)
     embeddings = encoder.encode(
-        [text[:MAX_CHARACTERS] for text in texts],
-        batch_size=batch_size, normalize_embeddings=True, show_progress_bar=progress,
-    ).astype(np.float32, copy=False)  # fmt: skip
+        [text[:MAX_CHARACTERS] for text in texts],  # the tokenizer would read all of it before cutting it
+        batch_size=ENCODING_BATCH,
+        normalize_embeddings=True,
+        show_progress_bar=progress,
+    )
+    embeddings = embeddings.astype(np.float32, copy=False)
     if not np.isfinite(embeddings).all():
-        raise InputError("the encoder's embeddings hold NaN or inf; its weights are damaged")
+        raise InputError(
+            "the encoder's embeddings hold NaN or inf: its weights are damaged; pass another --model"
+        )
     return embeddings
 
 
 def fingerprint(encoder: SentenceTransformer) -> str:
-    """Identifies the weights, wherever they were loaded from: two models of one name and width differ here."""
+    """A hash of the weights and the text length: it tells apart two models of one name and width."""
     digest = hashlib.sha256(str(encoder.max_seq_length).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

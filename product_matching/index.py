@@ -1,17 +1,15 @@
-"""A searchable catalogue: embeddings, a faiss index over them, the records, and what they were made with.
+"""A searchable catalogue: its records, the index over their embeddings, and what both were made with.
 
     python -m product_matching.index build --catalogue catalogues/right.csv --model checkpoints/product_matching/model
     python -m product_matching.index add --catalogue new_products.csv --model checkpoints/product_matching/model
 
-The folder holds index.json and three files that it names with their sha256: the faiss index, the embeddings
-(.npy) and the records (.csv). They get new names at every change and index.json is replaced last, so a reader
-sees the old state or the new one. N catalogue rows, B queries, D embedding width.
+The folder holds index.json and three files that it names with their sha256: the faiss index (.faiss), the embeddings
+(.npy) and the records (.csv). These get new names at every change, and index.json is replaced last. So a reader sees
+either the old state or the new one. N catalogue rows, B queries, D embedding width.
 """
 
 from __future__ import annotations
 
-import math
-import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,39 +24,16 @@ from contracts.errors import InputError, run_entry_point
 from contracts.files import atomic_write, read_json, sha256_file, write_json
 from product_matching.catalogue import check_catalogue, product_text, read_catalogue
 from product_matching.config import IndexSettings
+from product_matching.vector_index import KINDS, VectorIndex, choose_kind
 from training.settings import parse_settings
 
 if TYPE_CHECKING:
-    import faiss
     from sentence_transformers import SentenceTransformer
 
 SCHEMA = 1
-KINDS = ("flat", "hnsw", "ivf", "ivfpq")
-FLAT_ROWS, HNSW_ROWS, IVF_ROWS = 20_000, 500_000, 2_000_000
-HNSW_LINKS = 32
-RERANK = 20
-"""IVF-PQ: candidates by compressed distance for each result, ordered again by their exact cosine."""
-
-
-def choose_kind(rows: int, width: int) -> tuple[str, str]:
-    """The index for so many rows, and the reason in words."""
-    gigabytes = rows * width * 4 / 1e9
-    if rows <= FLAT_ROWS:
-        return "flat", f"{rows:,} rows: exact search takes a few milliseconds at most"
-    if rows <= HNSW_ROWS:
-        return (
-            "hnsw",
-            f"{rows:,} rows: too many to compare with each, and a graph over {gigabytes:.1f} GB fits into memory",
-        )
-    if rows <= IVF_ROWS:
-        return (
-            "ivf",
-            f"{rows:,} rows: a graph would take hours to build, the embeddings ({gigabytes:.1f} GB) still fit",
-        )
-    return (
-        "ivfpq",
-        f"{rows:,} rows: {gigabytes:.1f} GB of embeddings stay on disk, {rows * width / 8e9:.1f} GB of codes in memory",
-    )
+STALE_AFTER_GROWTH = 2
+"""Cells and codes that were learned from the first rows are learned again once the catalogue has grown this much."""
+_META_OF_THE_ENCODER = ("model", "fingerprint", "max_length", "calibration")
 
 
 @dataclass
@@ -66,10 +41,14 @@ class CatalogueIndex:
     """Records and the index over their embeddings; row i of one is row i of the other."""
 
     catalogue: pd.DataFrame
-    vectors: np.ndarray
-    """(N, D) float32, rows of length 1; on disk and mapped into memory after loading"""
-    index: faiss.Index
+    neighbours: VectorIndex
     meta: dict[str, Any] = field(default_factory=dict)
+    """the content of index.json: kind, effort, measured recall, model and its fingerprint"""
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """(N, D) float32, rows of length 1; after `load` they stay on disk and are mapped into memory."""
+        return self.neighbours.vectors
 
     @classmethod
     def build(
@@ -81,48 +60,82 @@ class CatalogueIndex:
         target_recall: float = 0.95,
         **meta: Any,
     ) -> CatalogueIndex:
-        """Index `vectors` (N, D) and raise the search effort until recall@10 against exact search is `target_recall`.
+        """Index the embeddings and raise the search effort until recall@10 against exact search is `target_recall`.
 
         Args:
-            meta: stored as given; `model` and `fingerprint` are what `load` compares with.
+            catalogue: N records.
+            vectors: (N, D) float32, rows of length 1.
+            kind: one of KINDS, or "auto" to choose by N.
+            meta: further entries of index.json. `require_encoder` needs `model` and `fingerprint`.
         """
         catalogue = check_catalogue(catalogue, "catalogue")
         rows, width = vectors.shape
         if rows != len(catalogue):
-            raise InputError(f"{len(catalogue)} records and {rows} embeddings do not fit")
-        chosen, reason = choose_kind(rows, width) if kind == "auto" else (kind, f"asked for, {rows:,} rows")
-        built = cls(catalogue, vectors, _new_faiss_index(chosen, vectors), {**meta})
-        built.meta |= {"schema": SCHEMA, "kind": chosen, "kind_setting": kind, "reason": reason, "width": width,
-                       "target_recall": target_recall, "trained_rows": rows}  # fmt: skip
-        built.index.add(vectors)
+            raise InputError(f"{len(catalogue)} records and {rows} embeddings do not fit together")
+        if kind == "auto":
+            chosen, reason = choose_kind(rows, width)
+        elif kind in KINDS:
+            chosen, reason = kind, f"asked for, {rows:,} rows"
+        else:
+            raise InputError(f"--kind {kind}: choose auto, {', '.join(KINDS)}")
+        meta |= {
+            "schema": SCHEMA,
+            "kind": chosen,
+            "kind_setting": kind,
+            "reason": reason,
+            "width": width,
+            "target_recall": target_recall,
+            "trained_rows": rows,
+        }
+        built = cls(catalogue, VectorIndex.build(chosen, vectors), meta)
         built._tune()
         return built
 
     def add(self, catalogue: pd.DataFrame, vectors: np.ndarray) -> CatalogueIndex:
-        """The index with further records: extended, or built anew where its kind or its training no longer suits."""
+        """The index with further records. It is built anew if its kind or its training no longer suits its size.
+
+        This object must not be used afterwards: both may share one faiss index.
+
+        Raises InputError for an id that is in the index already.
+        """
         catalogue = check_catalogue(catalogue, "added catalogue")
-        if len(known := set(catalogue["id"]) & set(self.catalogue["id"])):
+        known = set(catalogue["id"]) & set(self.catalogue["id"])
+        if known:
             raise InputError(f"id {sorted(known)[0]} is in the index already ({len(known)} such ids)")
         all_records = pd.concat([self.catalogue, catalogue], ignore_index=True)
-        all_vectors = np.concatenate([self.vectors, vectors])
-        setting = self.meta["kind_setting"]
-        outgrown = setting == "auto" and choose_kind(*all_vectors.shape)[0] != self.meta["kind"]
-        if outgrown or len(all_vectors) > 2 * self.meta["trained_rows"]:
-            kept = {
-                key: self.meta[key]
-                for key in ("model", "fingerprint", "max_length", "calibration")
-                if key in self.meta
-            }
+
+        kind_setting = self.meta["kind_setting"]
+        best_kind = choose_kind(len(all_records), self.meta["width"])[0]
+        other_kind = kind_setting == "auto" and best_kind != self.meta["kind"]
+        stale = len(all_records) > STALE_AFTER_GROWTH * self.meta["trained_rows"]
+        if other_kind or stale:
+            kept = {name: self.meta[name] for name in _META_OF_THE_ENCODER if name in self.meta}
             return self.build(
-                all_records, all_vectors, kind=setting, target_recall=self.meta["target_recall"], **kept
+                all_records,
+                np.concatenate([self.vectors, vectors]),
+                kind=kind_setting,
+                target_recall=self.meta["target_recall"],
+                **kept,
             )
-        self.index.add(vectors)
-        extended = CatalogueIndex(all_records, all_vectors, self.index, dict(self.meta))
+        # the kind still suits, and so do its cells: new rows only have to be sorted into them
+        self.neighbours.add(vectors)
+        extended = CatalogueIndex(all_records, self.neighbours, dict(self.meta))
         extended._tune()
         return extended
 
+    def _tune(self) -> None:
+        """Set the search effort, and note in `meta` what was measured."""
+        recall, queries = self.neighbours.tune(self.meta["target_recall"])
+        self.meta |= {
+            "effort": self.neighbours.effort,
+            "rows": len(self.vectors),
+            "recall_at_10": recall,
+            "recall_queries": queries,
+        }
+
     @cached_property
     def rows_of_category(self) -> dict[str, np.ndarray]:
+        """Rows of each category, by its name in lower case."""
         return self.catalogue.groupby(self.catalogue["category"].str.lower()).indices
 
     def search(
@@ -132,87 +145,56 @@ class CatalogueIndex:
 
         Args:
             queries: (B, D) float32, rows of length 1.
-            category: search only records of this category (case does not matter), exactly.
+            category: search only records of this category, in upper or lower case. Such a search is exact.
 
         Returns:
-            cosine (B, k') falling, row (B, k') int; k' is k or the number of records if that is smaller. An
-            approximate index can find fewer: then row is -1 and cosine -inf at the end.
+            cosine (B, k') falling, and row (B, k') int, where k' is k or the number of records if that is smaller.
+            An approximate index can find fewer: then the last rows are -1 with cosine -inf.
+
+        Raises:
+            InputError: no record is of this category.
         """
+        if category is None:
+            return self.neighbours.search(queries, k)
         import faiss
 
-        if category is not None:
-            if category.lower() not in self.rows_of_category:
-                raise InputError(f"category {category[:80]!r} is not in this catalogue")
-            rows = self.rows_of_category[category.lower()]
-            cosine, place = faiss.knn(
-                queries, self.vectors[rows], min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT
-            )
-            return cosine, rows[place]
-        k = min(k, len(self.vectors))
-        if self.meta["kind"] == "ivfpq":
-            return self._rank(queries, self.index.search(queries, min(RERANK * k, len(self.vectors)))[1], k)
-        cosine, rows = self.index.search(queries, k)
-        return np.where(rows >= 0, cosine, -np.inf), rows
+        # an index over all rows could return too few of one category, so its rows are compared directly
+        self.require_category(category)
+        rows = self.rows_of_category[category.lower()]
+        cosine, place = faiss.knn(
+            queries, self.vectors[rows], min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT
+        )
+        return cosine, rows[place]
 
-    def _rank(self, queries: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order candidate rows (B, C), -1 for none, by exact cosine."""
-        cosine = np.empty(candidates.shape, np.float32)
-        for place, (query, rows) in enumerate(zip(queries, candidates, strict=True)):
-            cosine[place] = np.where(rows >= 0, self.vectors[rows] @ query, -np.inf)
-        order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(cosine, order, axis=1), np.take_along_axis(candidates, order, axis=1)
-
-    def set_effort(self, effort: int) -> None:
-        """efSearch of HNSW, nprobe of IVF: more finds more and takes longer."""
-        if self.meta["kind"] == "hnsw":
-            self.index.hnsw.efSearch = effort
-        elif self.meta["kind"] in ("ivf", "ivfpq"):
-            self.index.nprobe = effort
-        self.meta["effort"] = effort
-
-    def _tune(self) -> None:
-        """Double the effort until recall@10 reaches the target, and store what was measured."""
-        queries = shifted_rows(self.vectors, 500)
-        effort, most = (16, 2048) if self.meta["kind"] == "hnsw" else (1, getattr(self.index, "nlist", 1))
-        self.set_effort(effort)
-        while (recall := self.recall(queries)) < self.meta["target_recall"] and effort < most:
-            effort = min(2 * effort, most)
-            self.set_effort(effort)
-        self.meta |= {"rows": len(self.vectors), "recall_at_10": recall, "recall_queries": len(queries)}
-
-    def recall(self, queries: np.ndarray, k: int = 10) -> float:
-        """Share of the exact k nearest rows that the index finds, mean over the queries (B, D)."""
-        import faiss
-
-        if self.meta["kind"] == "flat":
-            return 1.0
-        found = self.search(queries, k)[1]
-        vectors = np.ascontiguousarray(self.vectors)
-        exact = faiss.knn(queries, vectors, found.shape[1], metric=faiss.METRIC_INNER_PRODUCT)[1]
-        return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]))
+    def require_category(self, category: str) -> None:
+        """Raises InputError for a category without records."""
+        if category.lower() not in self.rows_of_category:
+            raise InputError(f"category {category[:80]!r} is not in this catalogue")
 
     def save(self, folder: Path | str) -> None:
-        """Write the folder; a reader sees the previous state until the last moment."""
+        """Write the folder. A reader sees its previous state until index.json is replaced."""
         import faiss
 
         folder = Path(folder)
-        name = uuid.uuid4().hex[:8]
+        name = uuid.uuid4().hex[:8]  # new names: no file that a reader has open is overwritten
         files = {"faiss": f"{name}.faiss", "vectors": f"{name}.npy", "catalogue": f"{name}.csv"}
         with atomic_write(folder / files["faiss"], "wb") as file:
-            faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
+            faiss.write_index(self.neighbours.index, faiss.PyCallbackIOWriter(file.write))
         with atomic_write(folder / files["vectors"], "wb") as file:
             np.save(file, self.vectors)
         with atomic_write(folder / files["catalogue"]) as file:
             self.catalogue.to_csv(file, index=False)
-        sha256 = {kind: sha256_file(folder / file) for kind, file in files.items()}
+        sha256 = {content: sha256_file(folder / file) for content, file in files.items()}
+        # from here on, readers see the new state
         write_json(folder / "index.json", {**self.meta, "files": files, "sha256": sha256})
-        for old in [*folder.glob("*.faiss"), *folder.glob("*.npy"), *folder.glob("*.csv")]:
-            if old.name not in files.values():
-                old.unlink()
+        for ending in ("faiss", "npy", "csv"):
+            for path in folder.glob(f"*.{ending}"):
+                if path.name not in files.values():
+                    path.unlink()
 
     @classmethod
     def load(cls, folder: Path | str) -> CatalogueIndex:
-        """Verify and read the folder. Raises InputError naming the file that is absent, cut short or changed."""
+        """Verify and read the folder. Raises InputError naming a file that is absent, cut short or changed."""
         import faiss
 
         folder = Path(folder)
@@ -223,25 +205,23 @@ class CatalogueIndex:
             raise InputError(
                 f"{folder / 'index.json'}: schema {meta.get('schema')!r}, this version reads {SCHEMA}"
             )
-        files = {kind: folder / name for kind, name in meta.pop("files").items()}
-        for kind, expected in meta.pop("sha256").items():
-            if not files[kind].is_file():
-                raise InputError(
-                    f"{files[kind]}: no such file, but index.json names it; build the index again"
-                )
-            if (
-                sha256_file(files[kind]) != expected
-            ):  # before faiss reads it: a cut file can crash the process
-                raise InputError(
-                    f"{files[kind]}: sha256 differs from index.json; the file is cut short or changed"
-                )
+        files = {content: folder / name for content, name in meta.pop("files").items()}
+        # before faiss reads its file: one that is cut short can crash the process
+        for content, expected in meta.pop("sha256").items():
+            path = files[content]
+            if not path.is_file():
+                raise InputError(f"{path}: no such file, but index.json names it; build the index again")
+            if sha256_file(path) != expected:
+                raise InputError(f"{path}: sha256 differs from index.json; the file is cut short or changed")
+        catalogue = read_catalogue(files["catalogue"])
+        # several services on one machine then share the memory of the embeddings
         vectors = np.load(files["vectors"], mmap_mode="r", allow_pickle=False)
-        loaded = cls(read_catalogue(files["catalogue"]), vectors, faiss.read_index(str(files["faiss"])), meta)
-        loaded.set_effort(meta["effort"])
-        return loaded
+        neighbours = VectorIndex(meta["kind"], vectors, faiss.read_index(str(files["faiss"])))
+        neighbours.set_effort(meta["effort"])
+        return cls(catalogue, neighbours, meta)
 
     def require_encoder(self, encoder: SentenceTransformer, name: str) -> None:
-        """Raises InputError unless `encoder` is the one whose embeddings are indexed."""
+        """Raises InputError unless the embeddings were made by `encoder`, which the message calls `name`."""
         from product_matching.encoder import fingerprint
 
         width = encoder.get_embedding_dimension()
@@ -250,62 +230,20 @@ class CatalogueIndex:
                 f"the index holds {self.meta['width']}-d embeddings of model {self.meta['model']}; "
                 f"model {name} makes {width}-d ones; build the index again or pass that model"
             )
-        if (found := fingerprint(encoder)) != self.meta["fingerprint"]:
+        found = fingerprint(encoder)
+        if found != self.meta["fingerprint"]:
             raise InputError(
                 f"the index was built with model {self.meta['model']} (weights {self.meta['fingerprint']}); "
                 f"model {name} has weights {found}; build the index again or pass that model"
             )
 
 
-def shifted_rows(vectors: np.ndarray, count: int, cosine: float = 0.8, seed: int = 0) -> np.ndarray:
-    """Queries (count, D) that lie at `cosine` from rows of `vectors`, as another shop's listing of a product does.
-
-    The rows themselves would be too easy: a graph search finds a point that it holds more surely than its neighbours.
-    """
-    rng = np.random.default_rng(seed)
-    rows = np.asarray(vectors[np.sort(rng.permutation(len(vectors))[:count])])
-    noise = rng.normal(size=rows.shape)
-    noise -= (noise * rows).sum(axis=1, keepdims=True) * rows
-    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
-    return (cosine * rows + np.sqrt(1 - cosine**2) * noise).astype(np.float32)
-
-
-def _new_faiss_index(kind: str, vectors: np.ndarray) -> faiss.Index:
-    """An empty index by inner product, trained on `vectors` where its kind needs that."""
-    import faiss
-
-    rows, width = vectors.shape
-    cells = max(1, min(round(4 * math.sqrt(rows)), rows // 39))  # faiss asks for 39 training rows a cell
-    if kind == "flat":
-        return faiss.IndexFlatIP(width)
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(width, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = 80
-        return index
-    if kind == "ivf":
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
-    elif kind == "ivfpq":
-        if width % 8 or rows < 256:
-            raise InputError(
-                f"ivfpq needs a width divisible by 8 and at least 256 rows; here {width} and {rows}"
-            )
-        index = faiss.IndexIVFPQ(
-            faiss.IndexFlatIP(width), width, cells, width // 8, 8, faiss.METRIC_INNER_PRODUCT
-        )
-    else:
-        raise InputError(f"--kind {kind}: choose auto, {', '.join(KINDS)}")
-    index.cp.min_points_per_centroid = 1  # silences a warning; small catalogues are ours to judge
-    sample = np.random.default_rng(0).permutation(rows)[: max(256 * cells, 65_536)]
-    index.train(np.ascontiguousarray(vectors[np.sort(sample)]))
-    return index
-
-
-def _calibration(settings: IndexSettings) -> dict[str, float] | None:
-    """From --calibration, else calibration.json beside the model, else none."""
+def read_calibration(settings: IndexSettings) -> dict[str, float] | None:
+    """The calibration that --calibration names, else the one in the model's folder, else none."""
     if settings.calibration:
         return read_json(settings.calibration)
-    beside = Path(settings.model) / "calibration.json"
-    return read_json(beside) if beside.is_file() else None
+    beside_model = Path(settings.model) / "calibration.json"
+    return read_json(beside_model) if beside_model.is_file() else None
 
 
 def main(argv: Sequence[str] | None = None) -> CatalogueIndex:
@@ -321,22 +259,29 @@ def main(argv: Sequence[str] | None = None) -> CatalogueIndex:
     encoder = load_encoder(settings.model, max_length=settings.max_length, device=settings.device)
     if command == "add":
         present = CatalogueIndex.load(settings.index)
-        present.require_encoder(encoder, settings.model)
-        index = present.add(catalogue, encode(encoder, product_text(catalogue), progress=True))
+        present.require_encoder(encoder, settings.model)  # embeddings of two encoders cannot be compared
+        vectors = encode(encoder, product_text(catalogue), progress=True)
+        index = present.add(catalogue, vectors)
     else:
+        vectors = encode(encoder, product_text(catalogue), progress=True)
         index = CatalogueIndex.build(
-            catalogue, encode(encoder, product_text(catalogue), progress=True),
-            kind=settings.kind, target_recall=settings.target_recall, model=settings.model,
-            fingerprint=fingerprint(encoder), max_length=settings.max_length, calibration=_calibration(settings),
-        )  # fmt: skip
+            catalogue,
+            vectors,
+            kind=settings.kind,
+            target_recall=settings.target_recall,
+            model=settings.model,
+            fingerprint=fingerprint(encoder),
+            max_length=settings.max_length,
+            calibration=read_calibration(settings),
+        )
     index.save(settings.index)
     meta = index.meta
     print(f"{meta['kind']} index ({meta['reason']})")
     print(
-        f"recall@10 against exact search {meta['recall_at_10']:.3f} at effort {meta['effort']} → {settings.index}"
+        f"recall@10 against exact search is {meta['recall_at_10']:.3f} at effort {meta['effort']} → {settings.index}"
     )
     return index
 
 
 if __name__ == "__main__":
-    run_entry_point(lambda: main(sys.argv[1:]))
+    run_entry_point(main)

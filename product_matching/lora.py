@@ -1,8 +1,8 @@
 """LoRA adapters on a sentence encoder (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-peft quietly skips a name that matches no layer as long as another one does, and a pooler that mean pooling never
-calls can carry adapters without a gradient. So the layers are listed here in full, and a name without a layer is
-an error.
+The layers are listed here in full, and a name without a layer is an error, because peft alone would let two mistakes
+pass. It skips a name that matches no layer as long as another name matches one. And "all linear layers" includes the
+pooler, which mean pooling never calls: its adapters would never receive a gradient.
 """
 
 from __future__ import annotations
@@ -28,50 +28,65 @@ _MPNET = (
     "intermediate.dense", "output.dense",
 )  # fmt: skip
 LAYERS_OF_ARCHITECTURE = {"bert": _BERT, "roberta": _BERT, "xlm-roberta": _BERT, "mpnet": _MPNET}
-"""Attention and dense layers of one transformer block, by transformers' model_type."""
+"""Attention and dense layers of one transformer block, by the model_type of transformers."""
 
 
-def target_layers(transformer: nn.Module, targets: str = "auto") -> list[str]:
+def target_layers(transformer: nn.Module, target_modules: str = "auto") -> list[str]:
     """Full names of the linear layers that get adapters.
 
     Args:
-        transformer: a transformers model.
-        targets: "auto", or comma-separated ends of layer names, such as "query,value" or "attention.output.dense".
+        transformer: a model of transformers.
+        target_modules: "auto", or comma-separated ends of layer names, such as "query,value".
 
     Raises:
-        InputError: an architecture that "auto" does not know, or a name that no linear layer ends in.
+        InputError: "auto" does not know the architecture, or no linear layer ends in one of the names.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    if targets != "auto":
-        wanted = {target.strip(): rf"(.*\.)?{re.escape(target.strip())}" for target in targets.split(",")}
-    else:
-        architecture = transformer.config.model_type
-        if architecture not in LAYERS_OF_ARCHITECTURE:
-            known = ", ".join(LAYERS_OF_ARCHITECTURE)
-            raise InputError(
-                f"--lora-targets auto knows {known}, not {architecture}; name its layers, such as q_lin,v_lin"
-            )
-        wanted = {name: rf".*layer\.\d+\.{re.escape(name)}" for name in LAYERS_OF_ARCHITECTURE[architecture]}
-    found = {
-        target: [name for name in linear if re.fullmatch(pattern, name)] for target, pattern in wanted.items()
-    }
-    if absent := [target for target, names in found.items() if not names]:
-        ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    layers = set()
+    absent = []
+    for target, pattern in _patterns(transformer.config.model_type, target_modules).items():
+        found = [name for name in linear if re.fullmatch(pattern, name)]
+        layers.update(found)
+        if not found:
+            absent.append(target)
+    if absent:
+        present = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise InputError(
-            f"--lora-targets: no linear layer is called {', '.join(absent)}; there are {', '.join(ends)}"
+            f"--target-modules: no linear layer is called {', '.join(absent)}; there are {', '.join(present)}"
         )
-    return sorted({name for names in found.values() for name in names})
+    return sorted(layers)
+
+
+def _patterns(architecture: str, target_modules: str) -> dict[str, str]:
+    """For each wanted target, the regular expression that the full name of its layers matches."""
+    if target_modules != "auto":
+        targets = [target.strip() for target in target_modules.split(",")]
+        return {target: rf"(.*\.)?{re.escape(target)}" for target in targets}
+    if architecture not in LAYERS_OF_ARCHITECTURE:
+        known = ", ".join(LAYERS_OF_ARCHITECTURE)
+        raise InputError(
+            f"--target-modules auto knows {known}, not {architecture}; name its layers, such as q_lin,v_lin"
+        )
+    # "layer.<number>." keeps the pooler out, and keeps output.dense apart from attention.output.dense
+    targets = LAYERS_OF_ARCHITECTURE[architecture]
+    return {target: rf".*layer\.\d+\.{re.escape(target)}" for target in targets}
 
 
 def add_lora(
-    transformer: nn.Module, *, rank: int, alpha: int, dropout: float, targets: str = "auto"
+    transformer: nn.Module, *, rank: int, alpha: int, dropout: float, target_modules: str = "auto"
 ) -> LoraModel:
-    """Put adapters into `transformer`, in place, and freeze everything else. `merge_and_unload` takes them out."""
+    """Put adapters into `transformer` in place and freeze everything else.
+
+    `merge_and_unload` of the returned wrapper adds the adapters to the weights and removes them again.
+    """
     guard_torchvision()
     from peft import LoraConfig, LoraModel
 
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_layers(transformer, targets)
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_layers(transformer, target_modules),
     )
     return LoraModel(transformer, config, "default")
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from contracts.errors import InputError, run_entry_point
+from product_matching.calibration import Calibration, confidence_band
 from product_matching.catalogue import product_text
 from product_matching.config import SearchSettings
 from product_matching.encoder import encode, load_encoder
-from product_matching.evaluate import Calibration
 from product_matching.index import CatalogueIndex
 from training.settings import parse_settings
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Match:
-    """One record found. Probability and confidence are None for an index without a calibration."""
+    """One record that was found. Probability and confidence are None for an index without a calibration."""
 
     id: str
     title: str
@@ -51,7 +51,11 @@ class Matcher:
 
     @classmethod
     def load(cls, folder: Path | str, model: str = "", device: str = "auto") -> Matcher:
-        """Raises InputError for a damaged index, or a model whose embeddings are not the indexed ones."""
+        """Raises InputError for a damaged index, or a model that did not make the indexed embeddings.
+
+        Args:
+            model: hub id or local folder; empty: the one that the index names.
+        """
         index = CatalogueIndex.load(folder)
         name = model or index.meta["model"]
         encoder = load_encoder(name, max_length=index.meta["max_length"], device=device)
@@ -59,45 +63,54 @@ class Matcher:
         return cls(index, encoder)
 
     def match(self, titles: list[str], k: int = 5, category: str | None = None) -> list[list[Match]]:
-        """For each title at most `k` records, the most similar first; fewer where there are no more."""
-        if category is not None and category.lower() not in self.index.rows_of_category:
-            raise InputError(f"category {category[:80]!r} is not in this catalogue")
+        """For each title at most `k` records, the most similar first; fewer if the index finds fewer."""
+        if category is not None:
+            self.index.require_category(category)  # before the titles are encoded, which takes longer
+        # a title alone: the encoder reads it as it reads a record without brand and model number
         texts = product_text(pd.DataFrame({"title": titles, "brand": "", "model": ""}))
         cosines, rows = self.index.search(encode(self.encoder, texts), k, category=category)
-        calibration = self.index.meta.get("calibration")
-        calibration = Calibration(**calibration) if calibration else None
-        return [
-            [self._match(row, cosine, calibration) for row, cosine in zip(*found, strict=True) if row >= 0]
-            for found in zip(rows.tolist(), cosines.tolist(), strict=True)
-        ]
+        stored = self.index.meta.get("calibration")
+        calibration = Calibration(**stored) if stored else None
+        results = []
+        for cosines_of_title, rows_of_title in zip(cosines.tolist(), rows.tolist(), strict=True):
+            found = zip(rows_of_title, cosines_of_title, strict=True)
+            results.append([self._match(row, cosine, calibration) for row, cosine in found if row >= 0])
+        return results
 
     def _match(self, row: int, cosine: float, calibration: Calibration | None) -> Match:
         record = self.index.catalogue.iloc[row]
         probability = float(calibration.probability(cosine)) if calibration else None
-        band = calibration.band(probability) if calibration else None
-        fields = (record[name] for name in ("id", "title", "brand", "model", "category", "price"))
-        return Match(*fields, cosine, probability, band)
+        return Match(
+            id=record["id"],
+            title=record["title"],
+            brand=record["brand"],
+            model=record["model"],
+            category=record["category"],
+            price=record["price"],
+            cosine=cosine,
+            probability=probability,
+            confidence=None if probability is None else confidence_band(probability),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> list[Match]:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # the title is the only argument without a flag in front; argparse would also take it from between flags
+    # the title is taken off here, since argparse would also accept it between two flags
     title = arguments.pop(0) if arguments and not arguments[0].startswith("-") else ""
     settings = parse_settings(
         SearchSettings, arguments, description='Match a title: product_matching.search "title" [flags]'
     )
     if not title.strip():
         raise InputError('give the title first: python -m product_matching.search "title" --index index')
-    found = Matcher.load(settings.index, settings.model, settings.device).match(
-        [title], settings.k, settings.category or None
-    )[0]
-    for match in found:
-        probability = (
-            "" if match.probability is None else f"  p {match.probability:.2f} {match.confidence:6s}"
-        )
-        print(f"{match.cosine:.3f}{probability}  {match.id}  {match.title}")
-    return found
+    matcher = Matcher.load(settings.index, settings.model, settings.device)
+    matches = matcher.match([title], settings.k, settings.category or None)[0]
+    for match in matches:
+        confidence = ""
+        if match.probability is not None:
+            confidence = f"  p {match.probability:.2f} {match.confidence:6s}"
+        print(f"{match.cosine:.3f}{confidence}  {match.id}  {match.title}")
+    return matches
 
 
 if __name__ == "__main__":
-    run_entry_point(lambda: main(sys.argv[1:]))
+    run_entry_point(main)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -11,80 +13,155 @@ from contracts.errors import InputError
 from product_matching.catalogue import product_text
 from product_matching.pairs import Pairs
 
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
 Encode = Callable[[list[str]], np.ndarray]
 """texts → (N, D) float32 with rows of length 1"""
 
+NEAREST_RECORDS = 50
+"""Records looked at per anchor beside the wanted number: enough to find some of the anchor's brand or category."""
+
 
 def training_pairs(pairs: Pairs, held_out: str = "matches") -> pd.DataFrame:
-    """The labelled pairs that training may see: split train, and neither record held out.
+    """The labelled pairs that training may see: the pairs of split train without a held-out record.
 
-    Held out are, by `held_out`, the records of all validation and test matches ("matches": the products that the
-    evaluation looks for) or of all validation and test pairs, non-matches included ("pairs"). Public splits deal
-    out pairs, not products, so without this step a test product is seen in training as another pair's negative.
+    Public splits deal out pairs, not products. Without this step a test product would be seen in training, as the
+    negative of another pair.
+
+    Args:
+        held_out: "matches" holds out the records of all validation and test matches, the products that the
+            evaluation looks for. "pairs" holds out the records of all validation and test pairs.
     """
     if held_out not in ("matches", "pairs"):
         raise InputError(f"--held-out {held_out}: choose matches or pairs")
-    table = pairs.labelled
-    elsewhere = table[(table["split"] != "train") & (table["match"] | (held_out == "pairs"))]
+    evaluated = pairs.labelled[pairs.labelled["split"] != "train"]
+    if held_out == "matches":
+        evaluated = evaluated[evaluated["match"]]
     train = pairs.of("train")
-    # by text, not id: a text written twice is one product to the encoder
-    text_of = {
-        side: pd.Series([text.lower() for text in product_text(catalogue)], index=catalogue["id"])
-        for side, catalogue in (("left_id", pairs.left), ("right_id", pairs.right))
-    }
-    hidden = {text for side, texts in text_of.items() for text in texts[elsewhere[side]]}
-    seen = [texts[train[side]].isin(hidden).to_numpy() for side, texts in text_of.items()]
-    return train[~(seen[0] | seen[1])]
+
+    # Records are compared by their words, not by id: to the encoder, a text under two ids is one product.
+    left_words = _words_by_id(pairs.left)
+    right_words = _words_by_id(pairs.right)
+    hidden = {*left_words[evaluated["left_id"]], *right_words[evaluated["right_id"]]}
+    left_hidden = left_words[train["left_id"]].isin(hidden).to_numpy()
+    right_hidden = right_words[train["right_id"]].isin(hidden).to_numpy()
+    return train[~(left_hidden | right_hidden)]
 
 
-def mine_triplets(pairs: Pairs, train: pd.DataFrame, encode: Encode, *, negatives: int = 4) -> pd.DataFrame:
-    """Triplets for every match of `train`: columns anchor_id, positive_id, negative_id; anchors are left records.
+def _words_by_id(catalogue: pd.DataFrame) -> pd.Series:
+    return pd.Series(product_text(catalogue), index=catalogue["id"]).str.lower()
 
-    The negatives of a match are the `negatives` records most similar to the anchor under `encode` (cosine, faiss)
-    that are not its match: those of the anchor's brand or category first, then the others. Candidates are the right
-    records of `train`, so nothing that is held out there can come in.
+
+@dataclass(frozen=True)
+class _Listing:
+    """What mining compares of a record, in lower case."""
+
+    id: str
+    words: str
+    brand: str
+    category: str
+
+
+def mine_triplets(pairs: Pairs, train: pd.DataFrame, encode: Encode, *, negatives: int) -> pd.DataFrame:
+    """Triplets for every match of `train`.
+
+    The hard negatives of a match are the records most similar to its anchor (by cosine) that are another product:
+    first those of the anchor's brand or category, then the others. They come from the right records of `train`, so
+    none of them is held out.
+
+    Args:
+        pairs: supplies the records of `train`.
+        train: labelled pairs, from `training_pairs`.
+        encode: the encoder whose cosine says what is similar.
+        negatives: hard negatives per match.
+
+    Returns:
+        Columns anchor_id (left record), positive_id and negative_id (right records); one row per triplet.
     """
-    import faiss
-
     matches = train[train["match"]]
     if matches.empty:
         raise InputError("no training match is left; there is nothing to train on")
-    left = pairs.left.set_index("id", drop=False)
-    candidates = pairs.right[pairs.right["id"].isin(train["right_id"])].reset_index(drop=True)
-    texts = [text.lower() for text in product_text(candidates)]
-    text_of = dict(zip(candidates["id"], texts, strict=True))
-    brands, categories = _brands(candidates), candidates["category"].str.lower().tolist()
-
-    anchors = left.loc[matches["left_id"].unique()]
-    index = faiss.IndexFlatIP((vectors := encode(product_text(candidates))).shape[1])
-    index.add(vectors)
-    _, nearest = index.search(encode(product_text(anchors)), min(50 + negatives, len(candidates)))
+    # one row per anchor, though it may have several matches
+    anchor_table = pairs.left.set_index("id", drop=False).loc[matches["left_id"].unique()]
+    candidate_table = pairs.right[pairs.right["id"].isin(train["right_id"])]
+    anchors = _listings(anchor_table)
+    candidates = _listings(candidate_table)
+    words_of = {candidate.id: candidate.words for candidate in candidates}
     positives_of = matches.groupby("left_id")["right_id"].agg(list)
+    nearest = _nearest(
+        encode, product_text(anchor_table), product_text(candidate_table), NEAREST_RECORDS + negatives
+    )
+
     triplets = []
-    for anchor_id, anchor, brand, category, rows in zip(
-        anchors["id"],
-        product_text(anchors),
-        _brands(anchors),
-        anchors["category"].str.lower(),
-        nearest,
-        strict=True,
-    ):
-        # by text: the words of the anchor or of a match under another id are no negative
-        same = {text_of[positive] for positive in positives_of[anchor_id]} | {anchor.lower()}
-        others = [row for row in rows if texts[row] not in same]
-        related = [
-            bool(brand and brands[row] == brand or category and categories[row] == category) for row in others
-        ]
-        chosen = [others[place] for place in np.argsort(np.logical_not(related), kind="stable")[:negatives]]
-        triplets += [
-            (anchor_id, positive, candidates.at[row, "id"])
-            for positive in positives_of[anchor_id]
-            for row in chosen
-        ]
+    for anchor, rows in zip(anchors, nearest, strict=True):
+        positives = positives_of[anchor.id]
+        # again by words: a copy of a match, or of the anchor itself, is no negative
+        same_product = {anchor.words, *(words_of[positive] for positive in positives)}
+        others = [candidates[row] for row in rows if candidates[row].words not in same_product]
+        # both lists keep the order of similarity
+        related = [other for other in others if _related(anchor, other)]
+        unrelated = [other for other in others if not _related(anchor, other)]
+        hardest = (related + unrelated)[:negatives]
+        for positive in positives:
+            for negative in hardest:
+                triplets.append((anchor.id, positive, negative.id))
     return pd.DataFrame(triplets, columns=["anchor_id", "positive_id", "negative_id"])
 
 
-def _brands(table: pd.DataFrame) -> list[str]:
-    """Brand of each record; a catalogue without brands usually puts it first in the title."""
-    first_word = table["title"].str.lower().str.split().str[0]
-    return table["brand"].str.lower().where(table["brand"] != "", first_word).tolist()
+def _listings(table: pd.DataFrame) -> list[_Listing]:
+    # a catalogue without brands usually puts the brand first in the title
+    first_word = table["title"].str.split().str[0]
+    brand = table["brand"].where(table["brand"] != "", first_word)
+    words = [text.lower() for text in product_text(table)]
+    fields = zip(table["id"], words, brand.str.lower(), table["category"].str.lower(), strict=True)
+    return [_Listing(*values) for values in fields]
+
+
+def _related(anchor: _Listing, other: _Listing) -> bool:
+    same_brand = anchor.brand != "" and anchor.brand == other.brand
+    same_category = anchor.category != "" and anchor.category == other.category
+    return same_brand or same_category
+
+
+def _nearest(encode: Encode, anchors: list[str], candidates: list[str], count: int) -> np.ndarray:
+    """Rows of the `count` candidates (fewer if there are fewer) most similar to each anchor, (anchors, count) int."""
+    import faiss
+
+    vectors = encode(candidates)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index.search(encode(anchors), min(count, len(candidates)))[1]
+
+
+class TripletTexts:
+    """The texts of triplets, in the form that the batch sampler of sentence-transformers reads."""
+
+    column_names = ("anchor", "positive", "negative")
+
+    def __init__(self, triplets: pd.DataFrame, pairs: Pairs):
+        left = dict(zip(pairs.left["id"], product_text(pairs.left), strict=True))
+        right = dict(zip(pairs.right["id"], product_text(pairs.right), strict=True))
+        self.columns = {
+            "anchor": triplets["anchor_id"].map(left).tolist(),
+            "positive": triplets["positive_id"].map(right).tolist(),
+            "negative": triplets["negative_id"].map(right).tolist(),
+        }
+
+    def __len__(self) -> int:
+        return len(self.columns["anchor"])
+
+    def __getitem__(self, row: int) -> dict[str, str]:
+        return {name: texts[row] for name, texts in self.columns.items()}
+
+    def features(self, rows: list[int], encoder: SentenceTransformer) -> list[dict[str, torch.Tensor]]:
+        """Model inputs on the encoder's device: one dict each for the anchors, positives and negatives of `rows`."""
+        inputs = []
+        for texts in self.columns.values():
+            column = encoder.preprocess([texts[row] for row in rows])
+            for key, value in column.items():
+                if hasattr(value, "to"):  # the library also puts plain values there
+                    column[key] = value.to(encoder.device)
+            inputs.append(column)
+        return inputs

@@ -23,7 +23,7 @@ def parse_settings(
     *,
     description: str,
     presets: dict[str, dict[str, Any]] | None = None,
-    positional: dict[str, tuple[str, ...]] | None = None,
+    positional: dict[str, tuple[str, ...] | None] | None = None,
 ) -> Any:
     """Build `settings_class` from the command line.
 
@@ -32,7 +32,8 @@ def parse_settings(
         argv: arguments, None for sys.argv.
         description: first line of --help.
         presets: name to the fields that the preset changes; the dataclass then has a field `preset`.
-        positional: extra positional arguments with their choices, such as {"split": ("train", "test")}.
+        positional: extra positional arguments with their choices, such as {"split": ("train", "test")}; None admits
+            any text.
 
     Returns:
         The settings, or (settings, positional values…) when `positional` is given.
@@ -54,7 +55,7 @@ def parse_settings(
 
 
 def build_parser(
-    settings_class: type, *, description: str, positional: dict[str, tuple[str, ...]]
+    settings_class: type, *, description: str, positional: dict[str, tuple[str, ...] | None]
 ) -> ArgumentParser:
     """A jsonargparse parser with `--config`, the positional arguments and one flag for each field."""
     from jsonargparse import ActionYesNo, ArgumentParser
@@ -62,7 +63,10 @@ def build_parser(
     parser = ArgumentParser(description=description)
     parser.add_argument("--config", action="config", help="yaml file with settings; flags override it")
     for name, choices in positional.items():
-        parser.add_argument(name, choices=choices)
+        if choices is None:
+            parser.add_argument(name, type=str)
+        else:
+            parser.add_argument(name, choices=choices)
     types = typing.get_type_hints(settings_class)
     helps = _help_texts(settings_class)
     for field in dataclasses.fields(settings_class):
@@ -73,7 +77,7 @@ def build_parser(
             parser.add_argument(flag, action=ActionYesNo(no_prefix="no-"), default=field.default, help=text)
         elif typing.get_origin(kind) is tuple:  # --use clip_image qwen_text
             item = typing.get_args(kind)[0]
-            parser.add_argument(flag, type=item, nargs="*", default=list(field.default), help=text)
+            parser.add_argument(flag, type=item, nargs="*", default=_as_list(field.default), help=text)
         else:
             parser.add_argument(flag, type=kind, default=field.default, help=text)
     return parser
@@ -83,7 +87,7 @@ def _help_texts(settings_class: type) -> dict[str, str | None]:
     """The docstring under each field, those of parent dataclasses included."""
     from docstring_parser import parse_from_object
 
-    helps = {}
+    helps: dict[str, str | None] = {}
     for parent in reversed(settings_class.__mro__):
         if dataclasses.is_dataclass(parent):
             helps |= {item.arg_name: item.description for item in parse_from_object(parent).params}

@@ -6,12 +6,13 @@ import pytest
 
 from contracts.catalog import read_table
 from contracts.errors import InputError
-from contracts.files import read_json, sidecar_of
+from contracts.files import read_json, sidecar_of, write_json
 from contracts.predictions import read_predictions, write_predictions
 from contracts.smape import smape
 from contracts.splits import fitted_on, fitted_out_of_fold
 from contracts.workspace import Workspace
-from ensemble import train
+from ensemble import predict, train
+from ensemble.saved import Ensemble
 from ensemble.weights import fit_weights, interval_half_width
 
 
@@ -60,7 +61,7 @@ def test_intervals_cover_new_rows_as_often_as_they_say():
 
 
 def test_ensemble_beats_its_members_and_writes_every_test_row(workspace):
-    summary = train.main(["--workspace", str(workspace.root), "--intervals"])
+    summary = train.main(["--workspace", str(workspace.root)])
     members = {line["model"]: line for line in summary["members"]}
     assert set(members) == {"a", "b", "noise"}
     assert summary["smape"] < min(members["a"]["smape_alone"], members["b"]["smape_alone"]) - 3
@@ -137,3 +138,43 @@ def test_a_row_without_a_fold_ends_in_one_line(workspace):
     with pytest.raises(InputError, match=f"no fold for sample_id {first.split(',')[0]}"):
         train.main(["--workspace", str(workspace.root)])
     assert not workspace.path("submission").exists()
+
+
+def test_a_kept_ensemble_prices_test_as_training_did_and_any_other_table(workspace):
+    arguments = ["--workspace", str(workspace.root)]
+    train.main(arguments)
+    submission = workspace.path("submission").read_bytes()
+    intervals = (workspace.root / "test_intervals.csv").read_bytes()
+    workspace.path("submission").unlink()
+    predict.main(["test", *arguments])
+    assert workspace.path("submission").read_bytes() == submission
+    assert (workspace.root / "test_intervals.csv").read_bytes() == intervals
+
+    new = workspace.prepared("test").head(7).assign(sample_id=[f"new{row}" for row in range(7)])
+    new.to_csv(workspace.path("prepared", split="new"), index=False)
+    with pytest.raises(InputError, match="a_new.csv: no such file"):
+        predict.main(["new", *arguments])
+    for name in ("a", "b", "noise"):
+        write(workspace, name, "new", new["sample_id"], np.linspace(1, 4, 7))
+    predict.main(["new", *arguments])
+    prices = read_table(workspace.root / "new_out.csv")
+    assert prices["sample_id"].tolist() == new["sample_id"].tolist()
+    np.testing.assert_allclose(np.log(prices["price"].astype(float)), np.linspace(1, 4, 7), atol=1e-3)
+
+
+def test_no_test_table_leaves_an_ensemble_and_its_score(workspace):
+    workspace.path("prepared", split="test").unlink()
+    summary = train.main(["--workspace", str(workspace.root), "--members", "a", "b"])
+    assert 0 < summary["smape"] < 50
+    assert not workspace.path("submission").exists()
+    assert len(Ensemble.load(workspace.path("run", name="ensemble")).members) == 2
+
+
+def test_an_ensemble_that_is_absent_or_of_another_version_is_one_line(workspace):
+    with pytest.raises(InputError, match="no fitted ensemble; run python -m ensemble.train"):
+        predict.main(["test", "--workspace", str(workspace.root)])
+    train.main(["--workspace", str(workspace.root)])
+    path = workspace.path("run", name="ensemble") / "model.json"
+    write_json(path, read_json(path) | {"schema": 99})
+    with pytest.raises(InputError, match="model.json: schema 99"):
+        predict.main(["test", "--workspace", str(workspace.root)])

@@ -4,10 +4,10 @@ import pytest
 
 from contracts.errors import InputError
 from product_matching import evaluate as stage
-from product_matching.catalogue import check_catalogue
-from product_matching.config import EvaluateSettings
-from product_matching.encoder import load_encoder
-from product_matching.evaluate import Calibration, EmbeddedPairs, confidence, pair_decision, retrieval
+from product_matching.calibration import Calibration, confidence_band
+from product_matching.catalogue import check_catalogue, product_text
+from product_matching.encoder import encode, load_encoder
+from product_matching.evaluate import EmbeddedPairs, confidence, pair_decision, retrieval
 from product_matching.pairs import Pairs, read_pairs
 
 
@@ -49,13 +49,14 @@ def test_calibrated_probabilities_hold_on_average():
     probability = calibration.probability(cosine[2000:])
     between = (probability > 0.4) & (probability < 0.6)
     assert match[2000:][between].mean() == pytest.approx(0.5, abs=0.08)
-    assert [calibration.band(p) for p in (0.86, 0.85, 0.76, 0.75, 0.1)] == [
-        "high",
-        "medium",
-        "medium",
-        "low",
-        "low",
-    ]
+
+
+@pytest.mark.parametrize(
+    ("probability", "band"),
+    [(0.86, "high"), (0.85, "medium"), (0.76, "medium"), (0.75, "low"), (0.1, "low")],
+)
+def test_confidence_bands(probability, band):
+    assert confidence_band(probability) == band
 
 
 def test_calibration_error_by_hand():
@@ -77,9 +78,6 @@ def test_pairs_of_one_label_cannot_calibrate():
 def test_retrieval_scores_by_hand(shops, tiny_encoder):
     """Three queries whose matches stand at ranks 1, 2 and 3 of a corpus whose order we choose."""
     pairs = read_pairs(shops / "pairs").only("train")
-    from product_matching.catalogue import product_text
-    from product_matching.encoder import encode
-
     matches = pairs.matches("train").head(3)
     left = pairs.left[pairs.left["id"].isin(matches["left_id"])]
     matches = matches.set_index("left_id").loc[left["id"]].reset_index()
@@ -103,7 +101,7 @@ def test_retrieval_scores_by_hand(shops, tiny_encoder):
     assert (scores["queries"], scores["corpus"]) == (3, 3)
 
 
-def test_the_table_keeps_one_row_a_model(shops, tmp_path, capsys):
+def test_the_table_keeps_one_row_per_label(shops, tmp_path, capsys):
     table = tmp_path / "scores.csv"
     common = [
         "--pairs",
@@ -115,9 +113,9 @@ def test_the_table_keeps_one_row_a_model(shops, tmp_path, capsys):
         "--device",
         "cpu",
     ]
-    stage.main([*common, "--name", "base"])
-    stage.main([*common, "--name", "base, plain", "--plain-text"])
-    stage.main([*common, "--name", "base", "--calibration", str(tmp_path / "calibration.json")])
+    stage.main([*common, "--label", "base"])
+    stage.main([*common, "--label", "base, plain", "--plain-text"])
+    stage.main([*common, "--label", "base", "--calibration", str(tmp_path / "calibration.json")])
     rows = pd.read_csv(table)
     assert rows["model"].tolist() == ["base, plain", "base"]
     assert rows[["recall_at_1", "mrr", "f1"]].notna().all(axis=None)
@@ -133,7 +131,3 @@ def test_base_minilm_gives_the_published_reference_on_a_part(minilm, walmart_ama
     right = pairs.right[pairs.right["id"].isin(matches["right_id"])]
     scores = retrieval(encoder, Pairs(left, right, matches), "test", plain=True)
     assert scores["recall_at_1"] > 0.9 and scores["recall_at_10"] == 1.0
-
-
-def test_settings_are_documented():
-    assert EvaluateSettings().split == "test"

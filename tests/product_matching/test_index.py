@@ -1,16 +1,20 @@
 import json
 import shutil
 
+import faiss
 import numpy as np
 import pandas as pd
 import pytest
 
 from contracts.errors import InputError
+from contracts.files import sha256_file
 from product_matching import index as stage
+from product_matching import vector_index
 from product_matching.catalogue import read_catalogue
 from product_matching.encoder import encode, load_encoder
-from product_matching.index import KINDS, CatalogueIndex, choose_kind
+from product_matching.index import CatalogueIndex
 from product_matching.sample_pairs import write_tiny_encoder
+from product_matching.vector_index import KINDS, choose_kind
 
 
 def clustered(rows: int, width: int = 32, seed: int = 0) -> np.ndarray:
@@ -53,7 +57,7 @@ def test_every_kind_reaches_its_recall_and_gives_exact_cosines(kind):
     truth = exact(queries, index.vectors, 10)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows, truth, strict=True)])
     assert recall >= 0.93 and index.meta["recall_at_10"] >= 0.95
-    assert index.recall(queries) == pytest.approx(recall, abs=0.005)
+    assert index.neighbours.recall(queries) == pytest.approx(recall, abs=0.005)
     np.testing.assert_allclose(cosine, (index.vectors[rows] * queries[:, None]).sum(-1), atol=1e-5)
     assert (np.diff(cosine, axis=1) <= 1e-6).all()
 
@@ -62,8 +66,8 @@ def test_effort_is_raised_until_the_target_is_met():
     low, high = build(kind="ivf", target_recall=0.3), build(kind="ivf", target_recall=1.0)
     assert low.meta["effort"] < high.meta["effort"] and high.meta["recall_at_10"] == 1.0
     queries = clustered(50, seed=1)
-    high.set_effort(1)
-    assert high.recall(queries) < 0.99  # the number is measured, not claimed
+    high.neighbours.set_effort(1)
+    assert high.neighbours.recall(queries) < 0.99  # the number is measured, not claimed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,6 +99,27 @@ def test_a_category_is_searched_exactly(kind):
         index.search(queries, 4, category="shoes")
 
 
+def test_a_folder_of_schema_1_is_read(tmp_path):
+    """Written by hand, so that the format cannot change unnoticed."""
+    vectors = clustered(50)
+    flat = faiss.IndexFlatIP(32)
+    flat.add(vectors)
+    faiss.write_index(flat, str(tmp_path / "a.faiss"))
+    np.save(tmp_path / "a.npy", vectors)
+    catalogue(50).to_csv(tmp_path / "a.csv", index=False)
+    files = {"faiss": "a.faiss", "vectors": "a.npy", "catalogue": "a.csv"}
+    meta = {
+        "model": "m", "fingerprint": "f", "max_length": 128, "calibration": None, "schema": 1, "kind": "flat",
+        "kind_setting": "auto", "reason": "50 rows", "width": 32, "target_recall": 0.95, "trained_rows": 50,
+        "effort": 1, "rows": 50, "recall_at_10": 1.0, "recall_queries": 50, "files": files,
+        "sha256": {content: sha256_file(tmp_path / name) for content, name in files.items()},
+    }  # fmt: skip
+    (tmp_path / "index.json").write_text(json.dumps(meta))
+    index = CatalogueIndex.load(tmp_path)
+    assert index.search(vectors[7:8], 1)[1].tolist() == [[7]]
+    assert index.add(catalogue(1, first=50), clustered(1, seed=3)).meta["rows"] == 51
+
+
 def test_added_records_are_found_and_the_old_ones_stay(tmp_path):
     index, new = build(kind="hnsw"), clustered(30, seed=5)
     grown = index.add(catalogue(30, first=600), new)
@@ -108,7 +133,7 @@ def test_added_records_are_found_and_the_old_ones_stay(tmp_path):
 
 
 def test_an_index_that_outgrew_its_kind_is_built_anew(monkeypatch):
-    monkeypatch.setattr(stage, "FLAT_ROWS", 610)
+    monkeypatch.setattr(vector_index, "FLAT_ROWS", 610)
     index = build()
     assert index.meta["kind"] == "flat"
     grown = index.add(catalogue(30, first=600), clustered(30, seed=5))

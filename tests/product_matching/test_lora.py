@@ -66,7 +66,7 @@ def test_one_wrong_name_is_an_error_even_beside_right_ones():
 def test_an_unknown_architecture_is_an_error_that_says_what_to_set():
     config = DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=32, vocab_size=50)
     transformer = DistilBertModel(config)
-    with pytest.raises(InputError, match="--lora-targets auto knows bert.*not distilbert"):
+    with pytest.raises(InputError, match="--target-modules auto knows bert.*not distilbert"):
         target_layers(transformer)
     assert len(target_layers(transformer, "q_lin,v_lin")) == 2
 

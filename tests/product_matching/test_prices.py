@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from contracts.errors import InputError
+from contracts.predictions import prediction_names, read_predictions
 from contracts.workspace import Workspace
 from product_matching import prices
 from product_matching.prices import neighbour_prices, out_of_fold
@@ -49,15 +50,20 @@ def test_files_have_the_ids_and_order_of_the_tables(sample_workspace, shops, tmp
     prices.main(["--workspace", str(tmp_path), "--model", str(shops / "encoder"), "--device", "cpu"])
     workspace = Workspace(tmp_path)
     for split in ("train", "test"):
-        table = pd.read_csv(
-            tmp_path / "predictions" / f"matched_prices_{split}.csv", dtype={"sample_id": str}
+        ids = workspace.prepared(split)["sample_id"].tolist()
+        predictions = read_predictions(workspace, "matched_prices", split)
+        assert predictions.sample_ids.tolist() == ids
+        assert (predictions.log_price > 0).all()
+        neighbours = pd.read_csv(
+            tmp_path / "predictions" / f"matched_prices_{split}.neighbours.csv", dtype={"sample_id": str}
         )
-        prepared = workspace.prepared(split)
-        assert table["sample_id"].tolist() == prepared["sample_id"].tolist()
-        assert np.isfinite(table[["log_price", "neighbour_log_price", "neighbour_similarity"]]).all(axis=None)
-        assert (table["log_price"] > 0).all() and ("fold" in table) == (split == "train")
-        if split == "train":
-            assert table["fold"].tolist() == workspace.folds()[prepared["sample_id"]].tolist()
+        assert neighbours["sample_id"].tolist() == ids
+        numbers = neighbours[["neighbour_log_price", "neighbour_similarity", "neighbour_spread"]]
+        assert np.isfinite(numbers).all(axis=None)
+    train = read_predictions(workspace, "matched_prices", "train")
+    assert train.unseen.all()  # the ensemble may score every row
+    assert train.fold.tolist() == workspace.folds()[train.sample_ids].tolist()
+    assert prediction_names(workspace) == ["matched_prices"]
     # a random encoder still shares words between similar texts: better than guessing at random
     assert float(capsys.readouterr().out.split("SMAPE of log_price: ")[1].split()[0]) < 100
 

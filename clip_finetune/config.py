@@ -1,94 +1,101 @@
-"""Every setting of this stage, once."""
+"""Every setting of this stage with its default."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from contracts.errors import InputError
 from contracts.splits import roles
-from contracts.workspace import REPOSITORY
+from contracts.workspace import CLIP_IMAGE, REPOSITORY
 
 
 @dataclass
 class ClipSettings:
     """Settings of train.py. The defaults are the preset `base`, meant for one A100 or H100."""
 
+    RENAMED: ClassVar[dict[str, str | None]] = {
+        "grad_accum": "gradient_accumulation_steps",
+        "grad_checkpointing": "gradient_checkpointing",
+        "grad_clip": "max_grad_norm",
+        "warmup": "warmup_ratio",
+    }
+
     workspace: Path = REPOSITORY
     """folder that holds data/, checkpoints/ and predictions/"""
     preset: Literal["base", "tiny"] = "base"
-    """base: the real CLIP; tiny: the same class, small and random, for the demo and the tests"""
+    """base: the published CLIP; tiny: the same class, small and with random weights, for the demo and the tests"""
     run: str = "clip_finetune"
     """name of the run folder in checkpoints/"""
     holdout: int | None = 0
-    """which fifth of the folds is only validated on, 0 to 4; null fits on nine folds, for a final model"""
+    """hold-out, 0 to 4: two of the ten folds that are only validated on; null validates on none, for a final model"""
 
-    # the name with -quickgelu: OpenAI trained with that activation, and with the plain name open_clip only warns
+    # OpenAI trained with QuickGELU; given its weights under the plain name, open_clip only warns
     model: str = "ViT-L-14-quickgelu"
-    """open_clip architecture, hub id (org/name) or local folder with open_clip_config.json; tiny: the tiny one"""
+    """open_clip architecture, hub id (org/name), local folder with open_clip_config.json, or tiny"""
     pretrained: str = "openai"
-    """weights for an architecture: a tag of open_clip.list_pretrained() or a local file"""
+    """weights for an open_clip architecture: a tag of open_clip.list_pretrained() or a local file"""
     random_weights: bool = False
-    """start from random weights instead of pretrained ones: nothing is downloaded"""
+    """start from random weights instead of pretrained ones, so that nothing is downloaded"""
 
     epochs: int = 5
     """passes over the training pictures"""
     batch_size: int = 256
-    """pictures a process encodes at a time"""
-    grad_accum: int = 2
-    """such batches a step; all of them, on all processes, are each other's negatives"""
+    """micro-batch size: pairs of picture and text per process and forward pass"""
+    gradient_accumulation_steps: int = 2
+    """micro-batches accumulated per step; every pair in the step, on every process, serves as a negative"""
     lr: float = 1e-5
-    """peak learning rate of the projections; block j from the top gets lr * layer_decay**j"""
+    """peak learning rate of the projections; that of block j from the top is lr * layer_decay**j"""
     head_lr: float = 1e-3
     """peak learning rate of the price head, which always starts from random weights"""
     layer_decay: float = 0.85
-    """how much slower each deeper block learns; 1 treats all alike"""
+    """factor on the learning rate from one block to the next deeper one; 1 gives all blocks the same rate"""
     weight_decay: float = 0.05
-    """AdamW's, on matrices only"""
-    warmup: float = 0.1
-    """part of all steps over which the learning rate rises; it then falls along a cosine to 0"""
-    grad_clip: float = 1.0
-    """largest norm of the gradient"""
+    """weight decay of AdamW, applied to matrices only"""
+    warmup_ratio: float = 0.1
+    """share of all steps over which the learning rate rises; after that it falls along a cosine to 0"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm where it is larger"""
     unfreeze_blocks: int = 6
-    """top blocks of each tower that train from the first epoch; 0: only the projections and the price head"""
+    """blocks from the top of each tower that train from the first epoch; 0 trains the projections and the price head"""
     unfreeze_per_epoch: int = 6
-    """further blocks that join at every later epoch; the embeddings join after the lowest block"""
+    """blocks that are unfrozen at each later epoch; the embeddings follow after the lowest block"""
     price_weight: float = 1.0
-    """weight of the price loss beside the contrastive loss; 0 switches the price part off"""
+    """weight of the price loss beside the contrastive loss; 0 leaves out the price head"""
     price_loss: Literal["huber", "smape"] = "huber"
-    """huber: on log_price, delta 1; smape: the metric itself, 2 tanh(|ln p - ln a| / 2)"""
-    grad_checkpointing: bool = True
-    """recompute activations in the backward pass: about a third slower, several times less memory"""
+    """huber: Huber with delta 1 on log1p(price); smape: the metric itself as a fraction, 0 to 2"""
+    gradient_checkpointing: bool = True
+    """recompute activations in the backward pass: about a third slower, with several times less memory"""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 autocast on CUDA and fp32 elsewhere"""
     device: str = "auto"
-    """auto, cuda, mps or cpu"""
+    """auto, cpu, mps, cuda or cuda:<number>"""
     workers: int = 8
-    """processes that decode pictures, for each training process; 0 decodes in the training process"""
+    """processes per training process that decode pictures; 0 decodes in the training process itself"""
     seed: int = 0
-    """for the initial weights and, with the epoch, for the order of the pictures"""
+    """seed of the initial weights and, together with the epoch, of the order of the pictures"""
     resume: bool = False
     """continue this run from its newest complete checkpoint"""
     checkpoint_steps: int = 500
-    """steps between checkpoints within an epoch; every epoch ends with one; 0: only those"""
+    """steps between checkpoints within an epoch; 0 writes them only at the end of each epoch"""
     report_to: Literal["none", "tensorboard"] = "none"
     """tensorboard also writes event files into the run folder"""
 
     def __post_init__(self) -> None:
         self.workspace = Path(self.workspace)
-        roles(self.holdout)  # refuses a number that is not 0 to 4
+        roles(self.holdout)  # raises for a hold-out that does not exist
         _require(self, "batch_size", self.batch_size >= 2, "at least 2: one pair alone has no negative")
-        for name in ("epochs", "grad_accum"):
+        for name in ("epochs", "gradient_accumulation_steps"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "head_lr", "grad_clip"):
+        for name in ("lr", "head_lr", "max_grad_norm"):
             _require(self, name, getattr(self, name) > 0, "above 0")
         for name in ("unfreeze_blocks", "unfreeze_per_epoch", "price_weight", "weight_decay", "workers"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         _require(self, "seed", 0 <= self.seed < 2**32, "0 or more and below 2**32")
         _require(self, "checkpoint_steps", self.checkpoint_steps >= 0, "0 or more")
-        _require(self, "warmup", 0 <= self.warmup < 1, "0 or more and below 1")
+        _require(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "0 or more and below 1")
         _require(self, "layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
         _require(self, "run", self.run == Path(self.run).name and self.run != "", "a plain folder name")
 
@@ -96,32 +103,32 @@ class ClipSettings:
 PRESETS = {
     "base": {},
     "tiny": {
-        "model": "tiny", "pretrained": "", "epochs": 8, "batch_size": 64, "grad_accum": 1, "workers": 0,
-        "lr": 1e-3, "layer_decay": 1.0, "unfreeze_blocks": 100, "grad_checkpointing": False,
+        "model": "tiny", "pretrained": "", "epochs": 8, "batch_size": 64, "gradient_accumulation_steps": 1,
+        "workers": 0, "lr": 1e-3, "layer_decay": 1.0, "unfreeze_blocks": 100, "gradient_checkpointing": False,
     },
 }  # fmt: skip
 
 
 @dataclass
 class ExtractSettings:
-    """Settings of extract_embeddings.py; what concerns the model comes from the run."""
+    """Settings of extract_embeddings.py; those of the model come from the run."""
 
     workspace: Path = REPOSITORY
     """folder that holds data/, checkpoints/ and predictions/"""
     run: str = "clip_finetune"
     """name of the run folder in checkpoints/"""
-    name: str = "clip_image"
-    """name of the embedding file: data/embeddings/<name>_<split>.pkl"""
+    embedding: str = CLIP_IMAGE
+    """name of the embedding file: data/embeddings/<embedding>_<split>.pkl"""
     batch_size: int | None = None
-    """pictures encoded at a time; null: as in training"""
+    """pictures per forward pass; null takes the value of the run"""
     shard_rows: int = 4096
-    """rows a resumable shard"""
+    """rows per shard: an interrupted extraction continues with the shards that are missing"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 autocast on CUDA and fp32 elsewhere"""
     device: str = "auto"
-    """auto, cuda, mps or cpu"""
+    """auto, cpu, mps, cuda or cuda:<number>"""
     workers: int | None = None
-    """processes that decode pictures, for each encoding process; null: as in training"""
+    """processes per encoding process that decode pictures; null takes the value of the run"""
 
     def __post_init__(self) -> None:
         self.workspace = Path(self.workspace)

@@ -9,21 +9,21 @@ An interrupted extraction continues with the shards that are missing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from clip_finetune.config import ClipSettings, ExtractSettings
-from contracts.embeddings import read_embeddings
+from contracts.embeddings import Embeddings, read_embeddings
 from contracts.errors import run_entry_point
-from contracts.files import atomic_write, read_json
+from contracts.files import read_json
+from contracts.predictions import remove_predictions, write_predictions
 from contracts.splits import fitted_on, roles, split_hash
 from contracts.workspace import SPLITS, Workspace
-from training.extraction import ShardedExtraction
-from training.run_folder import RunFolder
+from training.extraction import ShardedExtraction, embed_shards, print_failures, write_picture_failures
+from training.pictures import PictureRows
+from training.run_folder import RunFolder, weights_hash
 from training.settings import parse_settings
 
 if TYPE_CHECKING:
@@ -31,146 +31,142 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from clip_finetune.model import PriceClip
+
+class ImageEncoder:
+    """The image tower of a finished run, on the accelerator's device."""
+
+    def __init__(self, run: RunFolder, accelerator: Accelerator):
+        from clip_finetune.model import load_model
+
+        self.accelerator = accelerator
+        self.model = load_model(run.path).to(accelerator.device)
+        self.width = self.model.width
+
+    def pictures(self, table: pd.DataFrame, folder: Path) -> PictureRows:
+        """The rows of a prepared table as inputs of this encoder."""
+        return PictureRows(table["image"], folder, self.model.transform(), min_side=self.model.side)
+
+    def encode_batch(self, pictures: torch.Tensor) -> np.ndarray:
+        """Embeddings (B, D_in) float32 of unit length, of model inputs (B, 3, S, S)."""
+        import torch
+
+        with torch.no_grad(), self.accelerator.autocast():
+            pictures = pictures.to(self.accelerator.device, non_blocking=True)
+            return self.model.encode_image(pictures).cpu().numpy()
+
+    def price(self, embeddings: np.ndarray) -> np.ndarray:
+        """The head's log1p(price), (N,) float64, of embeddings (N, D_in)."""
+        import torch
+
+        with torch.no_grad():
+            image = torch.from_numpy(embeddings).to(self.accelerator.device)
+            return self.model.price_head.predict(image).cpu().double().numpy()
 
 
 def embedding_meta(
-    settings: ExtractSettings, split: str, run: RunFolder, trained_with: ClipSettings
+    settings: ExtractSettings, split: str, run: RunFolder, trained_with: ClipSettings, pictures: PictureRows
 ) -> dict[str, object]:
-    from clip_finetune.model import model_sha256
-
+    """Meta of the embedding file. A shard written under another meta (apart from `command`) is made again."""
     trained = read_json(run.path / "summary.json")["trained"]
     # initial weights have seen no fold
     encoder_folds = roles(trained_with.holdout).fitted_on if trained else ()
     return {
-        "name": settings.name,
+        "name": settings.embedding,
         "split": split,
         "model": f"{trained_with.model} {trained_with.pretrained}".strip(),
-        "checkpoint": settings.run,
-        "checkpoint_sha256": model_sha256(run.path),
+        "run": settings.run,
+        "checkpoint": weights_hash(run.path),
         "normalised": True,
         "holdout": trained_with.holdout,
+        "inputs": pictures.identity(),
         "fitted_on": fitted_on(encoder_folds=encoder_folds),
         "split_hash": split_hash(Workspace(settings.workspace).folds()),
         "command": " ".join(sys.argv),
     }
 
 
-def encode(model: PriceClip, picture: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """Embeddings (B, D_in) float32, on the CPU, of model inputs (B, 3, S, S)."""
-    import torch
-
-    with torch.no_grad(), accelerator.autocast():
-        return model.encode_image(picture.to(accelerator.device, non_blocking=True)).cpu()
-
-
-def embed(
-    model: PriceClip, batches: Iterable[dict[str, torch.Tensor]], accelerator: Accelerator, progress: tqdm
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (n, D_in) float32 and valid (n,) of the rows in `batches`; a row without a picture is zero."""
-    import torch
-
-    embeddings, valid = [], []
-    for batch in batches:
-        picture, usable = batch["picture"], batch["valid"]
-        found = torch.zeros(len(usable), model.width)
-        if usable.any():
-            if not usable.all():  # the selection is a copy that is no longer in pinned memory
-                picture = picture[usable]
-            found[usable] = encode(model, picture, accelerator)
-        embeddings.append(found.numpy())
-        valid.append(usable.numpy())
-        progress.update(len(usable))
-    return np.concatenate(embeddings), np.concatenate(valid)
-
-
-def write_failures(
-    workspace: Workspace, name: str, split: str, table: pd.DataFrame, valid: np.ndarray
-) -> None:
-    """sample_id, image, reason of the rows without an embedding."""
-    from clip_finetune.pictures import picture_paths, reasons_unusable
-
-    failed = table.loc[~valid, ["sample_id", "image"]]
-    reasons = reasons_unusable(picture_paths(failed, workspace.images_folder()), workers=0)
-    # a finished shard keeps what it found, even if the picture has come since
-    failed["reason"] = [reason or "was unusable when embedded" for reason in reasons]
-    with atomic_write(workspace.path("image_failures", name=name, split=split)) as file:
-        failed.to_csv(file, index=False)
-
-
-def write_predictions(
-    workspace: Workspace, run: str, split: str, model: PriceClip, sample_ids: np.ndarray, image: np.ndarray
-) -> None:
-    """sample_id, log_price and, in train, fold; image (n, D_in) are the embeddings of these rows."""
-    import pandas as pd
-    import torch
-
-    with torch.no_grad():
-        log_price = model.price_head.cpu().predict(torch.from_numpy(image)).double().numpy()
-    predictions = pd.DataFrame({"sample_id": sample_ids, "log_price": log_price})
-    if split == "train":
-        predictions["fold"] = workspace.folds().loc[sample_ids].to_numpy()
-    with atomic_write(workspace.path("predictions", name=run, split=split)) as file:
-        predictions.to_csv(file, index=False)
-
-
 def finish(
-    extraction: ShardedExtraction, run: RunFolder, workspace: Workspace, table: pd.DataFrame, model: PriceClip
+    extraction: ShardedExtraction, workspace: Workspace, table: pd.DataFrame, encoder: ImageEncoder
 ) -> None:
     """Join the shards, list what has no embedding and write the price head's predictions."""
+    name = extraction.meta["name"]
+    split = extraction.meta["split"]
+    failures = extraction.failures()
+    write_picture_failures(workspace.path("image_failures", name=name, split=split), table, failures)
     extraction.finish()
-    meta, content = extraction.meta, read_embeddings(extraction.path)
-    valid, split = content.valid, meta["split"]
-    write_failures(workspace, meta["name"], split, table, valid)
-    # a head that was never fitted predicts nothing
-    if model.price_head is not None and any(meta["fitted_on"]):
-        ids, image = content.sample_ids[valid], content.embeddings[valid]
-        write_predictions(workspace, run.path.name, split, model, ids, image)
-    else:
-        workspace.path("predictions", name=run.path.name, split=split).unlink(missing_ok=True)
-    print(f"{extraction.path}: {len(valid)} rows, {valid.sum()} with a picture, {content.width}-d")
+    content = read_embeddings(extraction.path)
+    print(
+        f"{extraction.path}: {len(content.valid)} rows, {content.valid.sum()} with a picture, {content.width}-d"
+    )
+    print_failures(name, failures)
+    predict(workspace, encoder, content)
+
+
+def predict(workspace: Workspace, encoder: ImageEncoder, content: Embeddings) -> None:
+    """Write the price head's predictions of the rows with an embedding."""
+    meta = content.meta
+    # without a head, or with one that was never fitted, there is nothing to predict with
+    if encoder.model.price_head is None or not any(meta["fitted_on"]):
+        remove_predictions(workspace, meta["run"], meta["split"])
+        return
+    sample_ids = content.sample_ids[content.valid]
+    fold = workspace.folds().loc[sample_ids].to_numpy() if meta["split"] == "train" else None
+    write_predictions(
+        workspace,
+        meta["run"],
+        meta["split"],
+        sample_ids,
+        encoder.price(content.embeddings[content.valid]),
+        meta={
+            "stage": "clip_finetune",
+            "model": meta["run"],
+            "checkpoint": meta["checkpoint"],
+            "fitted_on": meta["fitted_on"],
+        },
+        fold=fold,
+    )
+
+
+def extract(settings: ExtractSettings, split: str, accelerator: Accelerator) -> None:
+    """Embed one table. Under torchrun the processes share the shards, and the first one joins them."""
+    workspace = Workspace(settings.workspace)
+    run = RunFolder.finished(workspace.path("run", name=settings.run), "clip_finetune")
+    trained_with = run.settings(ClipSettings)
+    table = workspace.prepared(split)
+    encoder = ImageEncoder(run, accelerator)
+    pictures = encoder.pictures(table, workspace.images_folder())
+    extraction = ShardedExtraction(
+        workspace.path("embeddings", name=settings.embedding, split=split),
+        table["sample_id"].to_numpy(),
+        embedding_meta(settings, split, run, trained_with, pictures),
+        settings.shard_rows,
+    )
+    shards = embed_shards(
+        extraction.pending(),
+        pictures,
+        [encoder],
+        batch_size=settings.batch_size or trained_with.batch_size,
+        workers=trained_with.workers if settings.workers is None else settings.workers,
+        device=accelerator.device,
+        description=f"{settings.embedding} {split}",
+        quiet=not accelerator.is_main_process,
+    )
+    for shard in shards:
+        extraction.write(shard.rows, shard.embeddings[0], shard.valid, shard.reasons)
+    if extraction.wait():
+        finish(extraction, workspace, table, encoder)
 
 
 def main(argv: list[str] | None = None) -> None:
     settings, split = parse_settings(
         ExtractSettings, argv, description=__doc__.split("\n")[0], positional={"split": SPLITS}
     )
-
-    from accelerate import Accelerator
-
-    from training.device import choose_device, guard_torchvision, mixed_precision
+    from training.device import build_accelerator, choose_device, guard_torchvision
 
     guard_torchvision()
-    from clip_finetune.model import load_model
-    from clip_finetune.pictures import CatalogRows, load_batches
-    from clip_finetune.pictures import split as split_rows
-
-    workspace = Workspace(settings.workspace)
-    run = RunFolder.finished(workspace.path("run", name=settings.run), "clip_finetune")
-    trained_with = run.settings(ClipSettings)
-    batch_size = settings.batch_size or trained_with.batch_size
-    workers = trained_with.workers if settings.workers is None else settings.workers
-    table, meta = workspace.prepared(split), embedding_meta(settings, split, run, trained_with)
-    device = choose_device(settings.device)
-    precision = mixed_precision(settings.precision, device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    model = load_model(run.path).to(accelerator.device)
-    rows = CatalogRows(table, workspace.images_folder(), model.transform(), model.side)
-
-    path = workspace.path("embeddings", name=settings.name, split=split)
-    extraction = ShardedExtraction(path, table["sample_id"].to_numpy(), meta, settings.shard_rows)
-    own = extraction.pending()
-    with tqdm(
-        total=sum(part.stop - part.start for part in own), desc=f"{settings.name} {split}", unit="row",
-        disable=not accelerator.is_main_process,
-    ) as progress:  # fmt: skip
-        # one loader over all shards keeps its workers busy across the borders
-        batches = [split_rows(range(part.start, part.stop), batch_size) for part in own]
-        loaded = iter(load_batches(rows, list(chain.from_iterable(batches)), workers, accelerator.device))
-        for part, batches_of_part in zip(own, batches, strict=True):
-            extraction.write(part, *embed(model, islice(loaded, len(batches_of_part)), accelerator, progress))
-    if extraction.wait():
-        finish(extraction, run, workspace, table, model)
+    accelerator = build_accelerator(choose_device(settings.device), settings.precision)
+    extract(settings, split, accelerator)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

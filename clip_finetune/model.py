@@ -17,19 +17,21 @@ import torch
 import torch.nn.functional as F
 from open_clip.pretrained import download_pretrained
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clip_finetune.config import ClipSettings
 from contracts.errors import InputError
-from contracts.files import sha256_file, write_json
+from contracts.files import write_json
 from training.device import missing_model, require_model_source
+from training.run_folder import save_weights
 
 TINY = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 48, "patch_size": 8, "layers": 3, "width": 96, "head_width": 32},
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "layers": 2, "width": 64, "heads": 2},
 }
+# the two names under which open_clip looks for a model in a folder, and the head beside them
 WEIGHTS, CONFIG, HEAD = "open_clip_model.safetensors", "open_clip_config.json", "price_head.safetensors"
 
 
@@ -38,7 +40,7 @@ class PriceHead(nn.Module):
 
     def __init__(self, width: int, hidden: int = 256):
         super().__init__()
-        # LayerNorm first: the coordinates of a unit vector of 768 are about 0.04
+        # LayerNorm comes first because the coordinates of a unit vector of width 768 are only about 0.04
         self.layers = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1)
         )
@@ -54,7 +56,7 @@ class PriceHead(nn.Module):
         return self.layers(image).squeeze(-1)
 
     def predict(self, image: Tensor) -> Tensor:
-        """As forward, kept within the range of the training prices."""
+        """The same as `forward`, clamped to the range of the training prices."""
         return self(image).clamp(*self.log_price_range)
 
 
@@ -80,7 +82,7 @@ class PriceClip(nn.Module):
 
     @property
     def side(self) -> int:
-        """S"""
+        """S, the side of a picture in pixels."""
         return max(self.clip.visual.image_size)
 
     @property
@@ -88,12 +90,15 @@ class PriceClip(nn.Module):
         return self.clip.visual.preprocess_cfg
 
     def transform(self) -> Callable:
-        """Picture -> (3, S, S): shorter side to S, centre cut, CLIP's mean and deviation. No augmentation."""
+        """Turns a Pillow picture into (3, S, S) float32, without augmentation.
+
+        The shorter side is resized to S, the centre is cropped, and CLIP's mean and deviation are applied.
+        """
         return image_transform_v2(PreprocessCfg(**self.preprocess_cfg), is_train=False)
 
 
 def build_model(settings: ClipSettings) -> PriceClip:
-    """The model to start from. Raises InputError when its weights are neither here nor downloadable."""
+    """The model to start from. Raises InputError when its weights are neither on disk nor downloadable."""
     if settings.model == "tiny":
         clip, model_cfg = open_clip.CLIP(**TINY), TINY
         open_clip.model.set_model_preprocess_cfg(
@@ -105,7 +110,7 @@ def build_model(settings: ClipSettings) -> PriceClip:
         raise InputError(
             f"--model {settings.model}: not a CLIP vision transformer; choose a ViT architecture"
         )
-    clip.set_grad_checkpointing(settings.grad_checkpointing)
+    clip.set_grad_checkpointing(settings.gradient_checkpointing)
     return PriceClip(clip, model_cfg, with_price=settings.price_weight > 0)
 
 
@@ -118,7 +123,7 @@ def _build_open_clip(settings: ClipSettings) -> tuple[nn.Module, dict[str, Any]]
     try:
         model_cfg = open_clip.get_model_config(source)
         if pretrained and (tag := open_clip.get_pretrained_cfg(source, pretrained)):
-            download_pretrained(tag)  # here, because create_model logs several lines when it fails
+            download_pretrained(tag)  # not left to create_model, which logs several lines when this fails
             model_cfg["quick_gelu"] = tag.get("quick_gelu", False)
         elif pretrained and not Path(pretrained := str(Path(pretrained).expanduser())).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(source))
@@ -140,7 +145,7 @@ def _build_open_clip(settings: ClipSettings) -> tuple[nn.Module, dict[str, Any]]
 
 
 def build_tokenizer(settings: ClipSettings, model: PriceClip) -> Callable[[list[str]], Tensor]:
-    """Texts -> (B, T) int64. CLIP's vocabulary comes with open_clip; other tokenizers come with their model."""
+    """Turns texts into tokens (B, T) int64. CLIP's vocabulary comes with open_clip, any other with its model."""
     length = model.clip.context_length
     if "hf_tokenizer_name" not in model.model_cfg["text_cfg"]:
         return open_clip.SimpleTokenizer(context_length=length)
@@ -152,12 +157,12 @@ def build_tokenizer(settings: ClipSettings, model: PriceClip) -> Callable[[list[
 
 
 def save_model(folder: Path, model: PriceClip) -> None:
-    """Write the CLIP as open_clip's own kind of folder (`local-dir:<folder>` loads it) and the head beside it."""
+    """Write the CLIP in open_clip's own format (`local-dir:<folder>` loads it) and the price head beside it."""
     config = {"model_cfg": model.model_cfg, "preprocess_cfg": model.preprocess_cfg}
     write_json(folder / CONFIG, config)
-    save_file({name: value.contiguous() for name, value in model.clip.state_dict().items()}, folder / WEIGHTS)
+    save_weights(folder / WEIGHTS, model.clip.state_dict())
     if model.price_head is not None:
-        save_file(model.price_head.state_dict(), folder / HEAD)
+        save_weights(folder / HEAD, model.price_head.state_dict())
 
 
 def load_model(folder: Path) -> PriceClip:
@@ -170,15 +175,11 @@ def load_model(folder: Path) -> PriceClip:
     return model.eval()
 
 
-def model_sha256(folder: Path) -> str:
-    return sha256_file(folder / WEIGHTS)
-
-
 def depth(name: str, model: PriceClip) -> int:
-    """How far below the output a parameter lies, in its tower.
+    """How far below the output of its tower a parameter lies.
 
-    0: projections, final norms, logit scale and price head; j: block j from the top; one more than the
-    number of blocks: the embeddings.
+    0 stands for the projections, the final norms, the logit scale and the price head, j for block j from the top, and
+    one more than the number of blocks for the embeddings.
     """
     tower = model.clip.visual if name.startswith("clip.visual.") else model.clip
     blocks = len(tower.transformer.resblocks)
@@ -194,7 +195,7 @@ def unfreeze(model: PriceClip, blocks: int) -> None:
 
 
 def parameter_groups(model: PriceClip, settings: ClipSettings) -> list[dict[str, Any]]:
-    """AdamW groups with `peak_lr`: the head by itself, all else by depth; vectors and scalars do not decay."""
+    """AdamW groups, each with its `peak_lr`, for the head and for each depth. Vectors and scalars do not decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         lr = settings.lr * settings.layer_decay ** depth(name, model)

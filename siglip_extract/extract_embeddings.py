@@ -12,83 +12,45 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import time
-from collections.abc import Iterator
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
-from contracts.catalog import read_table
 from contracts.errors import run_entry_point
-from contracts.files import atomic_write, read_json
+from contracts.files import read_json, sidecar_of
 from contracts.splits import fitted_on, split_hash
-from contracts.workspace import SPLITS, Workspace
+from contracts.workspace import SIGLIP_IMAGE, SIGLIP_TEXT, SPLITS, Workspace
 from siglip_extract.config import PRESETS, Settings
-from training.device import choose_device, choose_dtype, guard_torchvision, seed_everything
-from training.extraction import ShardedExtraction
-from training.pictures import UnreadablePicture, read_pixels
+from training.device import build_accelerator, choose_device, choose_dtype, guard_torchvision, seed_everything
+from training.extraction import ShardedExtraction, embed_shards, print_failures, write_picture_failures
+from training.pictures import PictureRows, read_pixels
 from training.settings import parse_settings
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     from siglip_extract.model import Tower
 
+NAMES = {"image": SIGLIP_IMAGE, "text": SIGLIP_TEXT}
+"""Name of the embedding file of each tower."""
 
-class Pictures:
-    """The rows of the image tower. An item is (pixels (3, S, S) uint8, "") or (None, why there are none)."""
 
-    unit = "pictures"
-    read = staticmethod(read_pixels)
-
-    def __init__(self, table: pd.DataFrame, folder: Path, tower: Tower):
-        self.names, self.folder = table["image"].tolist(), folder
-        self.prepare, self.size = tower.prepare, tower.picture_size
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor | None, str]:
-        if not self.names[row]:
-            return None, "no image link"
-        try:
-            picture = self.read(self.folder / self.names[row], min_side=self.size)
-        except UnreadablePicture as error:
-            return None, str(error)
-        return self.prepare(picture), ""
-
-    @staticmethod
-    def collate(items: list[tuple[torch.Tensor | None, str]]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """Model inputs of the usable rows, and for every row the reason why it is not usable or ""."""
-        import torch
-
-        pixels = [pixels for pixels, _ in items if pixels is not None]
-        return {"pixel_values": torch.stack(pixels)} if pixels else {}, [reason for _, reason in items]
-
-    def identity(self) -> str:
-        """Changes when a picture comes, goes or changes its size, so that a resumed run embeds it."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            path = self.folder / name
-            digest.update(f"{name} {path.stat().st_size if name and path.is_file() else '-'}\n".encode())
-        return digest.hexdigest()[:16]
+def pictures(table: pd.DataFrame, folder: Path, tower: Tower) -> PictureRows:
+    """The rows of the image tower."""
+    return PictureRows(table["image"], folder, tower.prepare, min_side=tower.picture_size, read=read_pixels)
 
 
 class Texts:
-    """The rows of the text tower: `text` of the prepared table, of which the first 64 tokens are seen."""
-
-    unit = "texts"
+    """The rows of the text tower: `text` of the prepared table, of which the tower sees the first 64 tokens."""
 
     def __init__(self, table: pd.DataFrame, tower: Tower):
-        # `text` of an empty product is " [SEP] "
+        # `text` of a product without name and description is " [SEP] "
         empty = (table["entity_name"] + table["catalog_content"]).str.strip() == ""
-        self.texts, self.prepare = table["text"].mask(empty, "").tolist(), tower.prepare
+        self.texts = table["text"].mask(empty, "").tolist()
+        self.prepare = tower.prepare
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -96,17 +58,19 @@ class Texts:
     def __getitem__(self, row: int) -> str:
         return self.texts[row]
 
-    def collate(self, texts: list[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """As in Pictures; one call of the tokenizer for the whole batch."""
+    def collate(self, texts: list[str]) -> tuple[torch.Tensor | None, list[str]]:
+        """Token ids (B', T) of the B' texts that are not empty, and a reason or "" for all. Tokenises them at once."""
         usable = [text for text in texts if text]
-        inputs = {"input_ids": self.prepare(usable)} if usable else {}
-        return inputs, ["" if text else "empty text" for text in texts]
+        reasons = ["" if text else "empty text" for text in texts]
+        return self.prepare(usable) if usable else None, reasons
 
     def identity(self) -> str:
+        """A hash that changes when a text changes."""
         return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()[:16]
 
 
 def load_tower(kind: str, settings: Settings) -> Tower:
+    """The tower of one kind, image or text; with random weights the tokenizer learns from the prepared texts."""
     from siglip_extract.model import image_tower, text_tower
 
     seed_everything(settings.seed)
@@ -120,139 +84,86 @@ def load_tower(kind: str, settings: Settings) -> Tower:
     return text_tower(settings.text_model, random_weights=True, corpus=corpus, folder=folder)
 
 
-def describe(
-    kind: str, split: str, tower: Tower, rows: Pictures | Texts, settings: Settings, dtype: torch.dtype
+def embedding_meta(
+    kind: str, split: str, tower: Tower, rows: PictureRows | Texts, settings: Settings
 ) -> dict[str, Any]:
-    """Meta of the embedding file. A shard written under another meta (but for `command`) is embedded again."""
+    """Meta of the embedding file. A shard written under another meta (apart from `command`) is made again."""
     model = settings.image_model if kind == "image" else settings.text_model
     return {
-        "name": f"siglip_{kind}",
+        "name": NAMES[kind],
         "split": split,
         "model": f"{model} with random weights" if settings.random_weights else model,
         "checkpoint": tower.checkpoint(),
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": str(tower.dtype).removeprefix("torch."),
         "storage": settings.storage,
         "inputs": rows.identity(),
-        "fitted_on": fitted_on(encoder_folds=()),  # frozen: no row of this catalogue was fitted
+        "fitted_on": fitted_on(encoder_folds=()),  # frozen: it was fitted on no row of this catalogue
         "split_hash": split_hash(Workspace(settings.workspace).folds()),
         "command": " ".join(sys.argv),
     }
 
 
-def encode(
-    tower: Tower, inputs: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> np.ndarray:
-    """Embeddings (B, D_in) float32 of one batch of model inputs."""
-    import torch
-
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with torch.inference_mode(), autocast:
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-        return tower(inputs).float().cpu().numpy()
-
-
-def embed(
-    rows: Pictures | Texts,
-    shards: list[slice],
-    tower: Tower,
-    settings: Settings,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: tqdm,
-) -> Iterator[tuple[slice, np.ndarray, list[str]]]:
-    """Yield each shard of n rows with its embeddings (n, D_in) and n reasons, "" for a row that has one."""
-    import torch
-
-    # A batch never crosses the border of a shard, so the work can be shared without changing any batch. One
-    # loader over all shards keeps its workers busy across the borders.
-    batches = [
-        [range(start, min(start + settings.batch_size, shard.stop))
-         for start in range(shard.start, shard.stop, settings.batch_size)]
-        for shard in shards
-    ]  # fmt: skip
-    loader = torch.utils.data.DataLoader(
-        rows, batch_sampler=list(chain.from_iterable(batches)), collate_fn=rows.collate,
-        num_workers=settings.workers, pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    prepared = iter(loader)
-    for shard, batches_of_shard in zip(shards, batches, strict=True):
-        embeddings = np.zeros((shard.stop - shard.start, tower.width), settings.storage)
-        reasons: list[str] = []
-        for batch in batches_of_shard:
-            inputs, reasons_of_batch = next(prepared)
-            usable = [
-                row - shard.start for row, reason in zip(batch, reasons_of_batch, strict=True) if not reason
-            ]
-            if usable:
-                embeddings[usable] = encode(tower, inputs, device, dtype)
-            reasons += reasons_of_batch
-            progress.update(len(batch))
-        yield shard, embeddings, reasons
-
-
-def extract(kind: str, split: str, settings: Settings, state: PartialState, device: torch.device) -> None:
-    """Run one tower over one table. Under torchrun the processes share the shards and the first one joins them."""
-    started, workspace = time.perf_counter(), Workspace(settings.workspace)
-    table, dtype = workspace.prepared(split), choose_dtype(settings.precision, device)
-    with state.main_process_first():  # one process downloads the checkpoint or trains the tokenizer
+def extract(kind: str, split: str, settings: Settings, accelerator: Accelerator) -> None:
+    """Run one tower over one table. Under torchrun the processes share the shards, and the first one joins them."""
+    workspace = Workspace(settings.workspace)
+    table = workspace.prepared(split)
+    device = accelerator.device
+    with accelerator.main_process_first():  # one process downloads the checkpoint or trains the tokenizer
         tower = load_tower(kind, settings)
-    rows = Pictures(table, workspace.images_folder(), tower) if kind == "image" else Texts(table, tower)
-    meta = describe(kind, split, tower, rows, settings, dtype)
+    tower.to(device, choose_dtype(settings.precision, device))
+    rows = pictures(table, workspace.images_folder(), tower) if kind == "image" else Texts(table, tower)
+    meta = embedding_meta(kind, split, tower, rows, settings)
     path = workspace.path("embeddings", name=meta["name"], split=split)
     extraction = ShardedExtraction(path, table["sample_id"].to_numpy(), meta, settings.shard_rows)
-    there, total = len(extraction.shards) - len(extraction.missing()), len(extraction.shards)
-    mine = extraction.pending()
-    if state.is_main_process:
-        if settings.random_weights:
-            print(f"{meta['name']}: {meta['model']}, a demonstration: nothing in it was learned")
-        if there:
-            print(f"{meta['name']}: {there} of {total} shards were there already")
+    if accelerator.is_main_process:
+        announce(extraction, settings)
 
-    tower.model.to(device)
-    with tqdm(
-        desc=meta["name"], total=sum(shard.stop - shard.start for shard in mine), unit=f" {rows.unit}",
-        disable=not state.is_main_process, mininterval=1,
-    ) as progress:  # fmt: skip
-        for shard, embeddings, reasons in embed(rows, mine, tower, settings, device, dtype, progress):
-            # first the list, so that a complete shard always has one
-            write_failures(failures_path(extraction, shard), table[shard], reasons)
-            extraction.write(shard, embeddings, np.array([not reason for reason in reasons]))
+    shards = embed_shards(
+        extraction.pending(),
+        rows,
+        [tower],
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        device=device,
+        description=f"{meta['name']} {split}",
+        quiet=not accelerator.is_main_process,
+    )
+    for shard in shards:
+        stored = shard.embeddings[0].astype(settings.storage)
+        extraction.write(shard.rows, stored, shard.valid, shard.reasons)
     if extraction.wait():
-        finish(extraction, kind, workspace, settings.keep_shards)
-        print(f"{path}: {len(table)} rows of width {tower.width} in {time.perf_counter() - started:.1f} s")
+        finish(extraction, workspace, table, settings.keep_shards)
 
 
-def failures_path(extraction: ShardedExtraction, shard: slice) -> Path:
-    return extraction.folder / f"failures_{shard.start}_{shard.stop}.csv"
+def announce(extraction: ShardedExtraction, settings: Settings) -> None:
+    name = extraction.meta["name"]
+    if settings.random_weights:
+        print(f"{name}: {extraction.meta['model']}, for demonstration only: nothing in it was learned")
+    total = len(extraction.shards)
+    if there := total - len(extraction.missing()):
+        print(f"{name}: {there} of {total} shards were there already")
 
 
-def write_failures(path: Path, rows: pd.DataFrame, reasons: list[str]) -> None:
-    """The rows that have a reason, as csv: sample_id, image, reason."""
-    failures = rows[["sample_id", "image"]].assign(reason=reasons)
-    with atomic_write(path) as file:
-        failures[failures["reason"] != ""].to_csv(file, index=False, lineterminator="\n")
-
-
-def finish(extraction: ShardedExtraction, kind: str, workspace: Workspace, keep_shards: bool) -> None:
-    """Join shards and failure lists, and say what could not be embedded."""
-    name, split = extraction.meta["name"], extraction.meta["split"]
-    failures = pd.concat([read_table(failures_path(extraction, shard)) for shard in extraction.shards])
-    if kind == "image":
-        with atomic_write(workspace.path("image_failures", name=name, split=split)) as file:
-            failures.to_csv(file, index=False, lineterminator="\n")
+def finish(
+    extraction: ShardedExtraction, workspace: Workspace, table: pd.DataFrame, keep_shards: bool = False
+) -> None:
+    """Join the shards, list the rows without an embedding, and warn if the other split has another encoder's."""
+    name = extraction.meta["name"]
+    split = extraction.meta["split"]
+    failures = extraction.failures()
+    if name == SIGLIP_IMAGE:
+        write_picture_failures(workspace.path("image_failures", name=name, split=split), table, failures)
     extraction.finish(keep_shards)
-    counts = failures["reason"].str.replace(r" \(.*", "", regex=True).value_counts()
-    if len(failures):
-        listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        print(f"{name}: {len(failures)} rows without an embedding: {listed}")
+    print(f"{extraction.path}: {len(table)} rows, {len(table) - len(failures)} with an embedding")
+    print_failures(name, failures)
     warn_of_other_encoder(extraction.meta, workspace)
 
 
 def warn_of_other_encoder(meta: dict[str, Any], workspace: Workspace) -> None:
-    """Train and test embeddings of two encoders are two languages, and no shape would tell."""
+    """Embeddings of two encoders do not compare, and their shapes would not tell."""
     for split in set(SPLITS) - {meta["split"]}:
         path = workspace.path("embeddings", name=meta["name"], split=split)
-        sidecar = path.with_name(path.name + ".json")
+        sidecar = sidecar_of(path)
         if sidecar.is_file() and read_json(sidecar).get("checkpoint") != meta["checkpoint"]:
             print(f"warning: {path} comes from another encoder; extract {split} again", file=sys.stderr)
 
@@ -261,16 +172,13 @@ def main(argv: list[str] | None = None) -> None:
     settings, split = parse_settings(
         Settings, argv, description=__doc__.split("\n")[0], presets=PRESETS, positional={"split": SPLITS}
     )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers already run in parallel
     guard_torchvision()
-    from accelerate import PartialState
-
-    device = choose_device(settings.device)
-    # the default time limits, 10 and 30 minutes, are shorter than a shard on a slow disk
-    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
+    # torch's own limits on waiting, 10 and 30 minutes, are shorter than a large download
+    accelerator = build_accelerator(choose_device(settings.device), timeout=timedelta(days=1))
     for kind in ("image", "text") if settings.tower == "both" else (settings.tower,):
-        extract(kind, split, settings, state, device)
-    state.destroy_process_group()
+        extract(kind, split, settings, accelerator)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

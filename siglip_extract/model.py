@@ -1,7 +1,7 @@
-"""The two SigLIP towers, each with what turns a picture or a text into its input.
+"""The two SigLIP towers, each with the function that turns a picture or a text into its input.
 
 Sigmoid Loss for Language Image Pre-Training (Zhai et al. 2023, arXiv:2303.15343).
-T tokens, S side of the input picture in pixels, D_in width of the embedding.
+B batch, T tokens, S side of the input picture in pixels, D_in width of the embedding.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from contracts.errors import InputError
 from contracts.files import atomic_write
 from training.device import missing_model, require_model_source
 
-# What the published config.json files say; used only with random weights.
+# Copied from the published config.json files; used only with random weights.
 VISION_CONFIGS = {
     "google/siglip-so400m-patch14-384": dict(
         hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
@@ -60,27 +61,43 @@ END_ID = 1
 
 @dataclass
 class Tower:
-    """A frozen encoder in evaluation mode. `tower(inputs)` are the embeddings, (B, D_in)."""
+    """A frozen encoder in evaluation mode, on the CPU in float32 until `to` moves it."""
 
     model: SiglipVisionModel | SiglipTextModel
     prepare: Callable[[Any], torch.Tensor]
-    """image: PIL picture to pixels (3, S, S) uint8; text: list of B str to token ids (B, T)"""
+    """image: pixels (H, W, 3) or a Pillow picture to (3, S, S) uint8; text: list of B str to token ids (B, T)"""
     width: int
     """D_in"""
     picture_size: int = 0
     """S; 0 in a text tower"""
     normalise: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """pixels (B, 3, S, S) uint8 to what the model sees, float32; None in a text tower"""
+    """pixels (B, 3, S, S) uint8 to float32 as the model takes them; None in a text tower"""
     vocabulary: str = ""
+    """the tokenizer's tokens and ids; empty in an image tower"""
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    """of the forward pass; the weights stay float32"""
 
-    def __call__(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """{"pixel_values" or "input_ids": a batch of what `prepare` made, on the model's device} to (B, D_in)."""
-        if self.normalise is not None:
-            inputs = {"pixel_values": self.normalise(inputs["pixel_values"])}
-        return self.model(**inputs).pooler_output
+    def to(self, device: torch.device, dtype: torch.dtype) -> Tower:
+        self.model.to(device)
+        self.device = device
+        self.dtype = dtype
+        return self
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, D_in) of a batch of what `prepare` made, on the model's device."""
+        if self.normalise is None:
+            return self.model(input_ids=inputs).pooler_output
+        return self.model(pixel_values=self.normalise(inputs)).pooler_output
+
+    def encode_batch(self, inputs: torch.Tensor) -> np.ndarray:
+        """Embeddings (B, D_in) float32 of a batch of what `prepare` made, wherever it lies."""
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with torch.inference_mode(), autocast:
+            return self(inputs.to(self.device, non_blocking=True)).float().cpu().numpy()
 
     def checkpoint(self) -> str:
-        """Identifies weights and vocabulary wherever they came from: embeddings compare only if this is equal."""
+        """Hash of weights and vocabulary: only embeddings of an equal one can be compared with each other."""
         digest = hashlib.sha256(self.vocabulary.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -89,7 +106,10 @@ class Tower:
 
 
 def image_tower(name: str, *, random_weights: bool = False) -> Tower:
-    """Vision tower of checkpoint `name` (hub id or folder), or its architecture with weights from torch's seed."""
+    """Image tower of checkpoint `name` (hub id or folder), or its architecture with weights from torch's seed.
+
+    Raises InputError for a checkpoint that is missing, incomplete or not SigLIP's.
+    """
     if random_weights:
         model = SiglipVisionModel(vision_config(name))
         side = model.config.image_size
@@ -110,33 +130,32 @@ def image_tower(name: str, *, random_weights: bool = False) -> Tower:
 
 
 def resize_like(processor, side: int, name: str) -> Callable[[np.ndarray | Image.Image], torch.Tensor]:
-    """What `processor` makes of RGB pixels (H, W, 3) before it normalises: (3, side, side) uint8.
+    """The resizing step of `processor`, which turns RGB pixels (H, W, 3) into (3, side, side) uint8.
 
-    In a third of its time: torch resizes the layout in which pictures are decoded, channels last, twice as fast as the
-    planes that the processor copies a picture into. The bytes are normalised on the model's device: a worker process
-    hands over a quarter.
+    It takes a third of the processor's time: torch resizes pictures in the layout in which they are decoded, channels
+    last, twice as fast as the planes that the processor copies them into. The pixels are normalised later, on the
+    model's device, so that a worker process hands over bytes, a quarter of the size of float32.
     """
     if processor.resample not in RESAMPLING:
         raise InputError(f"model {name}: its processor does not resize as SigLIP's do")
-    mode = RESAMPLING[processor.resample]
+    # not a nested function: on macOS the workers get it pickled
+    return partial(_resize, side=side, mode=RESAMPLING[processor.resample])
 
-    def prepare(picture: np.ndarray | Image.Image) -> torch.Tensor:
-        array = picture if isinstance(picture, np.ndarray) else np.array(picture)
-        pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
-        resized = torch.nn.functional.interpolate(pixels, (side, side), mode=mode, antialias=True)
-        return resized[0].contiguous()
 
-    return prepare
+def _resize(picture: np.ndarray | Image.Image, *, side: int, mode: str) -> torch.Tensor:
+    array = picture if isinstance(picture, np.ndarray) else np.array(picture)
+    pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(pixels, (side, side), mode=mode, antialias=True)
+    return resized[0].contiguous()
 
 
 def normalise_like(processor, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What `processor` does with resized pixels (B, 3, S, S) uint8: to float32 of its mean and deviation."""
+    """The normalising step of `processor`, which turns pixels (B, 3, S, S) uint8 into float32 of the same shape."""
     if not (processor.do_rescale and processor.do_normalize):
         raise InputError(f"model {name}: its processor does not normalise as SigLIP's do")
-    mean, std = (
-        torch.tensor(values)[:, None, None] * (1 / processor.rescale_factor)
-        for values in (processor.image_mean, processor.image_std)
-    )
+    scale = 1 / processor.rescale_factor  # mean and deviation are of values 0 to 1, the pixels are 0 to 255
+    mean = torch.tensor(processor.image_mean)[:, None, None] * scale
+    std = torch.tensor(processor.image_std)[:, None, None] * scale
 
     def normalise(pixels: torch.Tensor) -> torch.Tensor:
         return pixels.float().sub_(mean.to(pixels.device)).div_(std.to(pixels.device))
@@ -147,9 +166,10 @@ def normalise_like(processor, name: str) -> Callable[[torch.Tensor], torch.Tenso
 def text_tower(
     name: str, *, random_weights: bool = False, corpus: list[str] = (), folder: Path | None = None
 ) -> Tower:
-    """Text tower of checkpoint `name`, or its architecture with weights from torch's seed.
+    """Text tower of checkpoint `name` (hub id or folder), or its architecture with weights from torch's seed.
 
-    With random weights the tokenizer is trained on `corpus` once and kept in `folder`.
+    With random weights the tokenizer is trained on `corpus` once and kept in `folder`. Raises InputError for a
+    checkpoint that is missing, incomplete or not SigLIP's.
     """
     if random_weights:
         config = text_config(name)
@@ -158,18 +178,19 @@ def text_tower(
     else:
         model = _pretrained(SiglipTextModel, "siglip_text_model", name)
         tokenizer = _from_source(AutoTokenizer, name)
-    max_tokens = model.config.max_position_embeddings
-
-    def prepare(texts: list[str]) -> torch.Tensor:
-        # SigLIP was trained on exactly 64 tokens, padding included and not masked, and pools the last position,
-        # which is padding for a short text. Padding only to the longest text of a batch would change every
-        # embedding and make it depend on its neighbours, so there is nothing to gain by sorting by length.
-        return tokenizer(
-            texts, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt"
-        )["input_ids"]
-
+    prepare = partial(_tokenise, tokenizer=tokenizer, max_tokens=model.config.max_position_embeddings)
     vocabulary = str(sorted(tokenizer.get_vocab().items()))
     return Tower(_frozen(model), prepare, model.config.projection_size, vocabulary=vocabulary)
+
+
+def _tokenise(texts: list[str], *, tokenizer, max_tokens: int) -> torch.Tensor:
+    # SigLIP was trained on exactly 64 tokens, with padding that is not masked, and pools the last position, which is
+    # padding in a short text. Padding only to the longest text of a batch would change every embedding and make it
+    # depend on its neighbours, so there is nothing to gain by sorting by length.
+    tokens = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt"
+    )
+    return tokens["input_ids"]
 
 
 def vision_config(name: str) -> SiglipVisionConfig:
@@ -184,9 +205,10 @@ def text_config(name: str) -> SiglipTextConfig:
 
 
 def trained_tokenizer(corpus: list[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
-    """Lower-case BPE tokenizer of at most `vocab_size` tokens, trained on `corpus` once.
+    """Lower-case BPE tokenizer of at most `vocab_size` tokens, trained on `corpus` once and kept in `folder`.
 
-    The file name holds a hash of the corpus, so train and test share it and other texts get their own.
+    The file name holds a hash of the corpus, so that train and test share a tokenizer and another catalogue gets its
+    own.
     """
     digest = hashlib.sha256("\0".join(corpus).encode()).hexdigest()[:16]
     path = folder / f"tokenizer_{vocab_size}_{digest}.json"
@@ -240,7 +262,7 @@ def _pretrained(model_class: type, tower_type: str, name: str) -> SiglipVisionMo
 
 
 def _from_source(loader: type, name: str, **options: Any) -> Any:
-    """`loader.from_pretrained` with one line for what is not there."""
+    """`loader.from_pretrained`, with an InputError of one line for whatever is missing."""
     source = require_model_source(name)
     try:
         return loader.from_pretrained(source, **options)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+_torchvision_library: torch.library.Library
+
 
 def guard_torchvision() -> None:
     """Make `import torchvision` work on a CPU build of torch; call before open_clip, timm, peft, transformers.

@@ -28,6 +28,7 @@ from training.settings import settings_as_dict
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.tensorboard import SummaryWriter
 
 MARKER = "COMPLETE"
 READABLE = 0o644  # safetensors and peft make files that only their owner can read
@@ -44,7 +45,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._tensorboard = None
+        self._tensorboard: SummaryWriter | None = None
 
     @classmethod
     def start(

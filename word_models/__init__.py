@@ -1,1 +1,1 @@
-"""Price models on word counts: cheap, strong on small catalogues, and the yardstick for every encoder."""
+"""Price models on word counts: they are cheap, strong on small catalogues, and what an encoder must beat."""

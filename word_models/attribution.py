@@ -1,14 +1,12 @@
-"""What every word and field adds to the price of a product, for the sparse MLP of `word_models.sparse_mlp`.
+"""What every term and column adds to ln price, for the sparse MLP of `word_models.sparse_mlp`.
 
-Legend: n explained rows, N catalogue rows, V terms, S structural features, D dimensions of all views of meaning.
+Legend: n explained rows, N catalogue rows, V terms, S structural columns, D dimensions of all views of meaning.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,26 +15,19 @@ import scipy.sparse as sparse
 from contracts.errors import InputError
 from contracts.splits import N_HOLDOUTS, roles
 from contracts.workspace import Workspace
-from word_models.config import WordModelSettings
-from word_models.features import (
-    TERM_GROUPS,
-    WORD,
-    FeatureBuilder,
-    Features,
-    TermNames,
-    structural_fields,
-    with_meanings,
-)
-from word_models.meanings import VIEWS
+from word_models.config import MlpSettings
+from word_models.features import FeatureBuilder, Features, TermNames, with_meanings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from word_models.sparse_mlp import FittedMlp
 
-STEPS = 256  # of the path; on 500 real rows the sums then miss ln price by 0.0004 on average, 0.002 at most
-LENGTHS = ("text length", "title length")
-WORD_GROUPS = ("title words", "text words", "title pieces")
-LEAST_OCCURRENCES = 20
-UNITS = {"weight": " g", "volume": " ml", "count": "", "length": " m", "none": ""}
+STEPS = 256
+"""Points on the path of the integral. With so many the contributions of 500 real rows miss the change of ln price by
+0.0004 on average and by 0.002 at most."""
+ROWS_AT_ONCE = 256
+"""Rows that are explained together. The number bounds memory: the gradient of every term that occurs is held."""
 
 
 @dataclass
@@ -44,31 +35,36 @@ class Catalogue:
     """Both prepared tables with their features, in the same order."""
 
     tables: dict[str, pd.DataFrame]
+    """by split; the training table has a column `fold`"""
     features: dict[str, Features]
-    fold: np.ndarray
-    """(N,) int, of the training rows"""
     builder: FeatureBuilder
     names: TermNames
 
     @classmethod
     def read(cls, workspace: Workspace) -> Catalogue:
-        tables = {split: workspace.prepared(split) for split in ("train", "test")}
-        fold = workspace.folds().reindex(tables["train"]["sample_id"]).to_numpy()
+        tables = {"train": workspace.training_table(), "test": workspace.prepared("test")}
         builder = FeatureBuilder(tables["train"])
-        features = dict(zip(tables, with_meanings(builder, **tables), strict=True))
-        return cls(tables, features, fold, builder, builder.term_names())
+        features = with_meanings(builder, **tables)
+        return cls(tables, features, builder, builder.term_names())
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """The structural columns by name."""
+        return self.features["train"].columns
 
     def held_out(self, holdout: int | None) -> np.ndarray:
-        """(N,) bool: the training rows of a hold-out; of None, no row."""
-        return np.isin(self.fold, roles(holdout).validate)
+        """(N,) bool: the training rows of a hold-out. For None, no row."""
+        return self.tables["train"]["fold"].isin(roles(holdout).validate).to_numpy()
 
     def find(self, sample_id: str) -> tuple[int | None, int]:
         """Hold-out (None for a test row) and position of a product. Raises InputError for an unknown id."""
-        for split, table in self.tables.items():
-            for row in np.flatnonzero(table["sample_id"] == sample_id):
-                if split == "test":
-                    return None, row
-                return next(k for k in range(N_HOLDOUTS) if self.held_out(k)[row]), row
+        train_rows = np.flatnonzero(self.tables["train"]["sample_id"] == sample_id)
+        test_rows = np.flatnonzero(self.tables["test"]["sample_id"] == sample_id)
+        if len(train_rows):
+            row = train_rows[0]
+            return next(holdout for holdout in range(N_HOLDOUTS) if self.held_out(holdout)[row]), row
+        if len(test_rows):
+            return None, test_rows[0]
         raise InputError(f"--ids {sample_id}: neither in prepared_train.csv nor in prepared_test.csv")
 
 
@@ -81,11 +77,33 @@ class Attribution:
     structural: np.ndarray
     """(n, S)"""
     meanings: np.ndarray
-    """(n, 3), one column a view"""
+    """(n, 3), one column per view"""
     baseline: float
     """ln price of a product without any term and with the mean of all else"""
     predicted: np.ndarray
     """(n,) ln price"""
+
+    @classmethod
+    def mean(cls, parts: list[Attribution]) -> Attribution:
+        """Of several networks on the same rows: it explains the mean of their ln prices."""
+        return cls(
+            terms=sum(part.terms for part in parts) / len(parts),
+            structural=np.mean([part.structural for part in parts], axis=0),
+            meanings=np.mean([part.meanings for part in parts], axis=0),
+            baseline=float(np.mean([part.baseline for part in parts])),
+            predicted=np.mean([part.predicted for part in parts], axis=0),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: list[Attribution]) -> Attribution:
+        """Of the same networks on one batch of rows after another."""
+        return cls(
+            terms=sparse.vstack([part.terms for part in parts], format="csr"),
+            structural=np.concatenate([part.structural for part in parts]),
+            meanings=np.concatenate([part.meanings for part in parts]),
+            baseline=parts[0].baseline,
+            predicted=np.concatenate([part.predicted for part in parts]),
+        )
 
 
 def integrated_gradients(network: FittedMlp, features: Features, baseline: np.ndarray) -> Attribution:
@@ -94,35 +112,58 @@ def integrated_gradients(network: FittedMlp, features: Features, baseline: np.nd
         IG_i = (x_i − x'_i) ∫₀¹ ∂f/∂x_i (x' + α (x − x')) dα
 
     Sundararajan et al. 2017, "Axiomatic attribution for deep networks", equation 1, by the midpoint rule. The first
-    layer's sum z is linear in x, so ∂f/∂x_i = W_i · ∂f/∂z, and the path is walked once a row in the width of z
-    rather than once a term.
+    layer's sum z is linear in x, so ∂f/∂x_i = W_i · ∂f/∂z. The path is therefore walked in the width of z, once per
+    row, rather than once per term.
     """
     import torch
 
     from word_models.sparse_mlp import as_tensors
 
-    mlp, counts = network.network, np.diff(features.terms.indptr)
+    mlp = network.network
     indices, offsets, values, dense = as_tensors(features)
+    dense_baseline = torch.from_numpy(baseline)
     with torch.no_grad():
-        start = mlp.structural(torch.from_numpy(baseline)[None])  # (1, hidden)
-        moved = mlp.terms(indices, offsets, per_sample_weights=values) + mlp.structural(dense) - start
-        ends = [
-            mlp.layers(z)[:, 0].double().numpy() * network.scale + network.mean
-            for z in (start, start + moved)
-        ]
-    gradient = torch.zeros_like(moved)
+        z_start = mlp.dense(dense_baseline[None])  # (1, hidden)
+        z_change = mlp.first_layer(indices, offsets, values, dense) - z_start  # (n, hidden)
+        start = _ln_price(network, z_start)
+        predicted = _ln_price(network, z_start + z_change)
+    by_z = _mean_gradient(network, z_start, z_change)
+
+    with torch.no_grad():
+        # one gradient per entry of the sparse matrix, never a dense (n, V)
+        terms_per_row = torch.from_numpy(np.diff(features.terms.indptr))
+        by_value = (mlp.terms.weight[indices] * by_z.repeat_interleave(terms_per_row, dim=0)).sum(dim=1)
+        of_terms = (values * by_value).double().numpy()  # (entries,); x' is 0 for terms
+        of_dense = ((dense - dense_baseline) * (by_z @ mlp.dense.weight)).double().numpy()  # (n, S + D)
+    terms = sparse.csr_matrix((of_terms, features.terms.indices, features.terms.indptr), features.terms.shape)
+
+    # `Features.dense` holds the structural columns first, then one view after another
+    width = features.structural.shape[1]
+    structural = of_dense[:, :width]
+    meanings = []
+    for view in features.meanings:
+        meanings.append(of_dense[:, width : width + view.shape[1]].sum(axis=1))
+        width += view.shape[1]
+    return Attribution(terms, structural, np.stack(meanings, axis=1), float(start[0]), predicted)
+
+
+def _ln_price(network: FittedMlp, z: Tensor) -> np.ndarray:
+    """(n, hidden) sums of the first layer → (n,) ln price."""
+    return network.network.layers(z)[:, 0].double().numpy() * network.scale + network.mean
+
+
+def _mean_gradient(network: FittedMlp, start: Tensor, change: Tensor) -> Tensor:
+    """Mean gradient of ln price on the way from z = start (1, hidden) to start + change (n, hidden), (n, hidden)."""
+    import torch
+
+    gradient = torch.zeros_like(change)
     for step in range(STEPS):
-        z = (start + (step + 0.5) / STEPS * moved).requires_grad_()
-        gradient += torch.autograd.grad(mlp.layers(z).sum(), z)[0] * (network.scale / STEPS)
-    with torch.no_grad():
-        slope = mlp.terms.weight[indices] * gradient.repeat_interleave(torch.from_numpy(counts), dim=0)
-        terms = (values * slope.sum(dim=1)).double().numpy()
-        by_column = (dense - torch.from_numpy(baseline)) * (gradient @ mlp.structural.weight)
-    matrix = sparse.csr_matrix((terms, features.terms.indices, features.terms.indptr), features.terms.shape)
-    widths = [features.structural.shape[1], *(view.shape[1] for view in features.meanings)]
-    structural, *views = np.split(by_column.double().numpy(), np.cumsum(widths)[:-1], axis=1)
-    meanings = np.stack([view.sum(axis=1) for view in views], axis=1)
-    return Attribution(matrix, structural, meanings, float(ends[0][0]), ends[1])
+        # the midpoint of each of STEPS equal parts of the path
+        z = (start + (step + 0.5) / STEPS * change).requires_grad_()
+        # rows do not meet in the layers, so the gradient of the sum holds each row's own gradient
+        (by_z,) = torch.autograd.grad(network.network.layers(z).sum(), z)
+        gradient += by_z * (network.scale / STEPS)
+    return gradient
 
 
 @dataclass
@@ -134,143 +175,44 @@ class Explainer:
     rows: np.ndarray
     """positions in the split's table that may be explained"""
     networks: list[FittedMlp]
-    """what is explained is the mean of their ln prices"""
+    """the mean of their ln prices is explained"""
     baseline: np.ndarray
     """(S + D,) mean of the fitted rows' `Features.dense`"""
 
     @classmethod
-    def fit(cls, settings: WordModelSettings, catalogue: Catalogue, holdout: int | None) -> Explainer:
-        """Fit on the rows outside the hold-out; None fits on all rows, to explain test rows."""
+    def fit(cls, settings: MlpSettings, catalogue: Catalogue, holdout: int | None) -> Explainer:
+        """Networks fitted on the rows outside the hold-out; for None on all training rows, to explain test rows."""
         from word_models.sparse_mlp import fit_mlp
 
         held_out = catalogue.held_out(holdout)
-        known = catalogue.features["train"][~held_out]
+        fit = catalogue.features["train"][~held_out]
         ln_price = np.log(catalogue.tables["train"]["price"].to_numpy()[~held_out])
         seeds = range(settings.seed, settings.seed + settings.seeds)
-        networks = [fit_mlp(settings, known, ln_price, seed) for seed in seeds]
-        split = "test" if holdout is None else "train"
-        rows = np.arange(len(catalogue.tables["test"])) if holdout is None else np.flatnonzero(held_out)
-        return cls(catalogue, split, rows, networks, known.dense.mean(axis=0))
+        networks = [fit_mlp(settings, fit, ln_price, seed) for seed in seeds]
+        # views of meaning are nearly centred, so the mean stands for "no particular meaning"
+        baseline = fit.dense.mean(axis=0)
+        if holdout is None:
+            return cls(catalogue, "test", np.arange(len(catalogue.tables["test"])), networks, baseline)
+        return cls(catalogue, "train", np.flatnonzero(held_out), networks, baseline)
 
     def table(self, rows: np.ndarray) -> pd.DataFrame:
+        """The prepared rows at these positions."""
         return self.catalogue.tables[self.split].iloc[rows]
 
     def spread(self, count: int) -> np.ndarray:
-        """Positions of `count` rows, evenly from the cheapest to the dearest prediction."""
+        """Positions of `count` rows, evenly from the cheapest to the most expensive prediction."""
         features = self.catalogue.features[self.split][self.rows]
         predicted = np.mean([network.predict(features) for network in self.networks], axis=0)
-        at = (np.arange(count) + 0.5) / max(count, 1) * len(predicted)
-        return self.rows[np.unique(np.argsort(predicted, kind="stable")[at.astype(int)])]
+        by_price = np.argsort(predicted, kind="stable")
+        # the middles of `count` equal parts
+        ranks = (np.arange(count) + 0.5) / max(count, 1) * len(predicted)
+        return self.rows[np.unique(by_price[ranks.astype(int)])]
 
     def attribute(self, rows: np.ndarray) -> Attribution:
-        """Integrated gradients of the networks' mean at these positions, 256 rows at a time."""
+        """Integrated gradients of the networks' mean for the rows at these positions."""
         parts = []
-        for some in np.split(rows, range(256, len(rows), 256)):
-            features = self.catalogue.features[self.split][some]
-            each = [integrated_gradients(network, features, self.baseline) for network in self.networks]
-            parts.append(
-                Attribution(
-                    sum(part.terms for part in each) / len(each),
-                    np.mean([part.structural for part in each], axis=0),
-                    np.mean([part.meanings for part in each], axis=0),
-                    float(np.mean([part.baseline for part in each])),
-                    np.mean([part.predicted for part in each], axis=0),
-                )
-            )
-        return Attribution(
-            sparse.vstack([part.terms for part in parts], format="csr"),
-            np.concatenate([part.structural for part in parts]),
-            np.concatenate([part.meanings for part in parts]),
-            parts[0].baseline,
-            np.concatenate([part.predicted for part in parts]),
-        )
-
-
-# From columns to words and fields
-
-
-def pieces_to_words(builder: FeatureBuilder, title: str, pieces: dict[str, float]) -> list[tuple[str, float]]:
-    """Give each title piece's contribution to the words that it is cut from.
-
-    It is shared among all places it occurs at; where it is cut from several words ("all-natural"), by their lengths.
-    """
-    owners: dict[str, Counter] = {}
-    for token in title.lower().split():
-        words = re.findall(WORD, token) or [token]
-        for piece in builder.pieces_of(token):
-            owners.setdefault(piece, Counter()).update({word: len(word) for word in words})
-    return [
-        (word, contribution * share / owners[piece].total())
-        for piece, contribution in pieces.items()
-        for word, share in owners[piece].items()
-    ]
-
-
-def effects(catalogue: Catalogue, product: pd.Series, attribution: Attribution, row: int) -> pd.DataFrame:
-    """What moves the price of one product: columns label, group, contribution (ln price), one line an effect.
-
-    Groups are those of the terms, "meanings", "amounts" and "lengths"; title pieces are given to the words they come
-    from.
-    """
-    terms, names = attribution.terms[row], catalogue.names
-    frame = pd.DataFrame(
-        {"label": names.text[terms.indices], "group": names.group[terms.indices], "contribution": terms.data}
-    )
-    is_piece = frame["group"] == "title pieces"
-    pieces = dict(zip(frame["label"][is_piece], frame["contribution"][is_piece], strict=True))
-    words = pd.DataFrame(
-        pieces_to_words(catalogue.builder, product["entity_name"], pieces), columns=["label", "contribution"]
-    ).assign(group="title pieces")
-    fields = pd.DataFrame({"field": structural_fields(), "contribution": attribution.structural[row]})
-    fields = fields.groupby("field", sort=False, as_index=False).sum()
-    fields["group"] = np.where(fields["field"].isin(LENGTHS), "lengths", "amounts")
-    fields["label"] = [f"{field}: {field_value(product, field)}" for field in fields["field"]]
-    views = pd.DataFrame({"label": VIEWS, "contribution": attribution.meanings[row]}).assign(group="meanings")
-    columns = ["label", "group", "contribution"]
-    parts = [part[columns] for part in (frame[~is_piece], words, fields, views) if len(part)]
-    return pd.concat(parts).groupby(["label", "group"], sort=False, as_index=False).sum()
-
-
-def field_value(product: pd.Series, field: str) -> str:
-    if field in LENGTHS:
-        return f"{len(product['catalog_content' if field == 'text length' else 'entity_name'])} letters"
-    if field == "unit kind":
-        return product["unit_kind"]
-    value = product[field.replace(" ", "_")]
-    if pd.isna(value):
-        return "not stated"
-    return f"{value:g}" if field == "pack count" else f"{value:,.4g}{UNITS[product['unit_kind']]}"
-
-
-def by_group(names: TermNames, attribution: Attribution) -> pd.DataFrame:
-    """Mean absolute net contribution of each group to ln price, and the same as percent of the price."""
-    fields = structural_fields()
-    net = {group: attribution.terms @ (names.group == group).astype(float) for group in TERM_GROUPS}
-    net["meanings"] = attribution.meanings.sum(axis=1)
-    net["amounts"] = attribution.structural[:, ~np.isin(fields, LENGTHS)].sum(axis=1)
-    net["lengths"] = attribution.structural[:, np.isin(fields, LENGTHS)].sum(axis=1)
-    size = np.array([np.abs(values).mean() for values in net.values()])
-    frame = pd.DataFrame({"group": list(net), "mean_abs_ln_price": size, "percent": percent(size)})
-    return frame.sort_values("mean_abs_ln_price", ascending=False, ignore_index=True)
-
-
-def by_word(all_effects: list[pd.DataFrame]) -> pd.DataFrame:
-    """Mean contribution of each word to the products that have it, highest first.
-
-    Columns word, rows (products that have it, at least LEAST_OCCURRENCES), ln_price, percent.
-    """
-    words = pd.concat(
-        frame[frame["group"].isin(WORD_GROUPS)].groupby("label")["contribution"].sum()
-        for frame in all_effects
-    )
-    grouped = words.groupby(level=0)
-    table = pd.DataFrame({"rows": grouped.size(), "ln_price": grouped.mean()}).query(
-        f"rows >= {LEAST_OCCURRENCES}"
-    )
-    table = table.assign(percent=percent(table["ln_price"])).rename_axis("word").reset_index()
-    return table.sort_values("ln_price", ascending=False, ignore_index=True)
-
-
-def percent(ln_price: Any) -> Any:
-    """A contribution to ln price as a change of the price in percent."""
-    return 100 * np.expm1(ln_price)
+        for batch in np.split(rows, range(ROWS_AT_ONCE, len(rows), ROWS_AT_ONCE)):
+            features = self.catalogue.features[self.split][batch]
+            by_network = [integrated_gradients(network, features, self.baseline) for network in self.networks]
+            parts.append(Attribution.mean(by_network))
+        return Attribution.concatenate(parts)

@@ -1,4 +1,4 @@
-"""Settings of this stage: every default once."""
+"""Settings of the word models: every default once."""
 
 from __future__ import annotations
 
@@ -8,48 +8,75 @@ from typing import Literal
 from contracts.errors import InputError
 from contracts.workspace import REPOSITORY
 
+MIN_BINS = 3
+"""A distribution over two bins could only say cheap or dear."""
+
 
 @dataclass
-class WordModelSettings:
+class MlpSettings:
+    """What training the sparse MLP needs, for prices as for explanations."""
+
     workspace: str = str(REPOSITORY)
-    """Folder with data/; predictions/ is written there."""
-    model: Literal[
-        "ridge", "kernel", "boosted", "lightgbm", "neighbours", "mlp", "mlp_on_kernel", "mlp_distribution"
-    ] = "mlp"
-    """ridge on TF-IDF; kernel: ridge in a learned similarity of words, meanings and amounts; boosted: kernel, then
-    LightGBM on its errors; lightgbm on an SVD; neighbours: prices of similar products; mlp: sparse MLP with a SMAPE
-    loss; mlp_on_kernel: the same with the kernel's price and the prices around it as columns; mlp_distribution: the
-    mlp over bins of log price, from which the price with the lowest expected SMAPE is read."""
-    embeddings: tuple[str, ...] = ()
-    """Embedding files to use beside the word counts, such as qwen_text; out of fold, or of a frozen encoder."""
-    name: str = ""
-    """Name of the prediction files; empty means words_<model>, and the embeddings."""
+    """Folder with data/; results are written there."""
     seeds: int = 4
-    """Networks (or forests) that are averaged."""
+    """Number of models, fitted from different random seeds, whose predictions are averaged."""
     epochs: int = 6
-    """Passes of the MLP; the batch doubles after each of the first three."""
+    """Passes of the MLP over the fitted rows; the batch size doubles after each of the first three."""
     hidden: int = 128
-    """Width of the MLP's first layer; the others have half of it."""
+    """Width of the MLP's first layer; the later layers have half of it."""
     lr: float = 1e-3
     """Learning rate of the MLP."""
     word_dropout: float = 0.3
-    """Share of a text's terms hidden in training."""
-    bins: int = 40
-    """Bins of the price distribution."""
+    """Fraction of a text's terms that the MLP does not see at a training step."""
+    seed: int = 0
+    """The first of the random seeds."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "seeds", "epochs", "hidden", "lr")
+        if not 0 <= self.word_dropout < 1:
+            raise InputError(f"--word-dropout {self.word_dropout}: must be at least 0 and below 1")
+
+
+@dataclass
+class WordModelSettings(MlpSettings):
+    model: Literal[
+        "ridge", "kernel", "boosted", "lightgbm", "neighbours", "mlp", "mlp_on_kernel", "mlp_distribution"
+    ] = "mlp"
+    """ridge: ridge regression on TF-IDF. kernel: kernel ridge regression with a learned similarity of words,
+    meanings and amounts. boosted: the kernel, then LightGBM on its errors. lightgbm: LightGBM on an SVD of the terms.
+    neighbours: the prices of similar products. mlp: a sparse multilayer perceptron with SMAPE as its loss.
+    mlp_on_kernel: the mlp with the kernel's price and the prices of similar products as further inputs.
+    mlp_distribution: the mlp over bins of log price, from which the price with the lowest expected SMAPE is read."""
+    embeddings: tuple[str, ...] = ()
+    """Embedding files to use beside the word counts, such as qwen_text. They must be out of fold or come from a frozen
+    encoder."""
+    predictions: str = ""
+    """Name of the prediction files; empty means words_<model>_<embeddings>."""
     kernel_steps: int = 40
-    """Steps in which the kernel's similarity is learned."""
+    """Optimizer steps in which the kernel learns its similarity."""
     trees: int = 500
     """Boosting rounds of LightGBM."""
     svd: int = 128
-    """Dimensions of the SVD that LightGBM sees."""
-    seed: int = 0
-    """First of the seeds."""
+    """Dimensions of the SVD of the terms that --model lightgbm sees."""
+    bins: int = 40
+    """Bins of log price in --model mlp_distribution."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "epochs", "hidden", "lr", "kernel_steps", "svd", "trees"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
-        if self.bins < 3:
-            raise InputError(f"--bins {self.bins}: a distribution needs at least 3")
-        if not 0 <= self.word_dropout < 1:
-            raise InputError(f"--word-dropout {self.word_dropout}: must lie in [0, 1)")
+        super().__post_init__()
+        _require_positive(self, "kernel_steps", "trees", "svd")
+        if self.bins < MIN_BINS:
+            raise InputError(f"--bins {self.bins}: a distribution needs at least {MIN_BINS}")
+        for name in self.embeddings:
+            if self.embeddings.count(name) > 1:
+                raise InputError(f"--embeddings {name}: named twice; name each file once")
+
+    @property
+    def prediction_name(self) -> str:
+        return self.predictions or "_".join(["words", self.model, *self.embeddings])
+
+
+def _require_positive(settings: MlpSettings, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value <= 0:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0")

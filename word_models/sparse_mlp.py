@@ -1,6 +1,6 @@
-"""A multilayer perceptron on sparse counts, and the price that a distribution over prices implies.
+"""A multilayer perceptron on sparse counts that predicts ln price, or a distribution over bins of it.
 
-Legend: B batch, V terms, S structural features, K bins.
+Legend: B batch, V terms, S dense columns, K outputs: 1, or the bins of ln price.
 """
 
 from __future__ import annotations
@@ -13,124 +13,158 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from word_models.config import WordModelSettings
+from training.smape_loss import smape_of_ln
+from word_models.config import MlpSettings
 from word_models.features import Features
+from word_models.loss import smape_fraction
 
-LARGEST_BATCH_DOUBLINGS = 3
-SOFT_LABEL_WIDTH = 0.25  # of a standard deviation of ln price: neighbouring bins are neighbouring prices
+FIRST_BATCH = 64
+BATCH_DOUBLINGS = 3
+"""The batch size doubles after each of the first three epochs, in place of a falling learning rate (Smith et al. 2018,
+"Don't decay the learning rate, increase the batch size")."""
+TERM_INIT_STD = 0.02
+"""PyTorch starts an embedding with a deviation of 1, which lets the terms drown the amounts."""
+PREDICT_BATCH = 2_048
+
+LOWEST_PRICE = -2.8
+HIGHEST_PRICE = 3.0
+"""Outermost bins, in standard deviations of ln price from its mean. Hardly any price lies beyond; the tail of expensive
+products is the longer one."""
+CANDIDATES_PER_BIN = 4
+"""Prices that are considered per bin, so that the answer is finer than the bins."""
+SOFT_LABEL_WIDTH = 0.25
+"""Width of a label in standard deviations of ln price: neighbouring bins are neighbouring prices."""
 
 
 class SparseMlp(nn.Module):
-    """ReLU(terms·W + structural·U) → ReLU layers → K outputs. A term's row of W is touched only where it occurs."""
+    """ReLU(terms·W + dense·U) → ReLU layers → K outputs. A row of W is touched only where its term occurs."""
 
-    def __init__(self, *, terms: int, structural: int, hidden: int, outputs: int):
+    def __init__(self, *, terms: int, dense: int, hidden: int, outputs: int):
         super().__init__()
         self.terms = nn.EmbeddingBag(terms, hidden, mode="sum", sparse=True)
-        nn.init.normal_(self.terms.weight, std=0.02)
-        self.structural = nn.Linear(structural, hidden)
+        nn.init.normal_(self.terms.weight, std=TERM_INIT_STD)
+        self.dense = nn.Linear(dense, hidden)
+        half = hidden // 2
         self.layers = nn.Sequential(
-            *(nn.ReLU(), nn.Linear(hidden, hidden // 2)),
-            *(nn.ReLU(), nn.Linear(hidden // 2, hidden // 2)),
-            *(nn.ReLU(), nn.Linear(hidden // 2, outputs)),
-        )
+            nn.ReLU(), nn.Linear(hidden, half),
+            nn.ReLU(), nn.Linear(half, half),
+            nn.ReLU(), nn.Linear(half, outputs),
+        )  # fmt: skip
 
-    def forward(self, indices: Tensor, offsets: Tensor, values: Tensor, structural: Tensor) -> Tensor:
-        """The B rows of a csr matrix as (indices, offsets, values), structural (B, S) → (B, K)."""
-        return self.layers(
-            self.terms(indices, offsets, per_sample_weights=values) + self.structural(structural)
-        )
+    def first_layer(self, indices: Tensor, offsets: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+        """B rows of counts in csr form (as `as_tensors` returns them) and dense columns (B, S) → (B, hidden)."""
+        # a sum of embeddings weighted by the counts is the product of the sparse matrix with W
+        return self.terms(indices, offsets, per_sample_weights=values) + self.dense(dense)
+
+    def forward(self, indices: Tensor, offsets: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+        """The same arguments → (B, K)."""
+        return self.layers(self.first_layer(indices, offsets, values, dense))
 
 
 class PriceBins:
-    """Bins of standardised ln price, (K,) centres, and the decision that a distribution over them implies."""
+    """Bins of standardised ln price, and the price that a distribution over them implies."""
 
     def __init__(self, count: int, scale: float):
-        self.scale = scale  # ln price a standard deviation
-        self.centres = torch.linspace(-2.8, 3.0, count)
-        self.candidates = torch.linspace(-2.8, 3.0, 4 * count)
-        # SMAPE/200 of each candidate price if a bin's price is the true one: tanh(|ln p - ln a| / 2)
-        distance = (self.candidates[:, None] - self.centres[None, :]).abs()
-        self.cost = torch.tanh(distance * scale / 2)  # (4K, K)
+        """`count` bins K; `scale` is the standard deviation of ln price."""
+        self.centres = torch.linspace(LOWEST_PRICE, HIGHEST_PRICE, count)
+        self.candidates = torch.linspace(LOWEST_PRICE, HIGHEST_PRICE, CANDIDATES_PER_BIN * count)
+        # SMAPE of each candidate if the price of a bin is the true one, (4 K, K)
+        self.cost = smape_of_ln((self.candidates[:, None] - self.centres[None, :]) * scale)
 
     def soft_labels(self, target: Tensor) -> Tensor:
-        """(B,) standardised ln price → (B, K) distribution around it."""
-        return torch.softmax(-0.5 * ((self.centres - target[:, None]) / SOFT_LABEL_WIDTH) ** 2, dim=1)
+        """(B,) standardised ln price → (B, K) distribution around it: a Gaussian of SOFT_LABEL_WIDTH."""
+        distance = (self.centres - target[:, None]) / SOFT_LABEL_WIDTH  # (B, K)
+        return torch.softmax(-0.5 * distance**2, dim=1)
 
     def best_price(self, probability: Tensor) -> Tensor:
         """(B, K) → (B,) the candidate with the lowest expected SMAPE, in standardised ln price."""
-        return self.candidates[(probability @ self.cost.T).argmin(dim=1)]
+        expected = probability @ self.cost.T  # (B, 4 K)
+        return self.candidates[expected.argmin(dim=1)]
 
 
 @dataclass
 class FittedMlp:
-    """A trained network and the scale of the prices that it was trained on."""
+    """A trained network with the scale of the prices that it was trained on."""
 
     network: SparseMlp
     bins: PriceBins | None
+    """None where the network predicts the price itself"""
     mean: float
     """mean ln price of the fitted rows"""
     scale: float
-    """their standard deviation"""
+    """standard deviation of the same"""
 
+    @torch.no_grad()
     def predict(self, features: Features) -> np.ndarray:
         """ln price, (N,) float64."""
-        return predict(self.network, features, self.bins).double().numpy() * self.scale + self.mean
+        outputs = []
+        for rows in np.split(np.arange(len(features)), range(PREDICT_BATCH, len(features), PREDICT_BATCH)):
+            output = self.network(*as_tensors(features[rows]))
+            if self.bins is None:
+                outputs.append(output[:, 0])
+            else:
+                outputs.append(self.bins.best_price(F.softmax(output, dim=1)))  # (B,)
+        return torch.cat(outputs).double().numpy() * self.scale + self.mean
 
 
-def fit_predict(
-    settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features, seed: int
-) -> np.ndarray:
-    """Train one network on `fit` (ln_price (n,)) and return ln price of `apply`, (m,) float64."""
-    return fit_mlp(settings, fit, ln_price, seed).predict(apply)
+def fit_mlp(
+    settings: MlpSettings, fit: Features, ln_price: np.ndarray, seed: int, *, bins: int | None = None
+) -> FittedMlp:
+    """Train one network on `fit`, ln_price (n,).
 
-
-def fit_mlp(settings: WordModelSettings, fit: Features, ln_price: np.ndarray, seed: int) -> FittedMlp:
-    """Train one network on `fit`, ln_price (n,)."""
+    Args:
+        settings: epochs, hidden, lr and word_dropout are used.
+        fit: the n rows.
+        ln_price: (n,)
+        seed: of weights, order and word dropout.
+        bins: number of bins K that the network predicts a distribution over; None to predict the price itself.
+    """
+    # the order has its own generator, so that it does not depend on the number of weights
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
-    mean, scale = float(ln_price.mean()), float(ln_price.std())
+    mean = float(ln_price.mean())
+    scale = float(ln_price.std())
+    # networks learn a target of mean 0 and deviation 1; SMAPE needs the scale back
     target = torch.from_numpy(((ln_price - mean) / scale).astype(np.float32))
-    bins = PriceBins(settings.bins, scale) if settings.model == "mlp_distribution" else None
-    model = SparseMlp(
-        terms=fit.terms.shape[1],
-        structural=fit.dense.shape[1],
-        hidden=settings.hidden,
-        outputs=settings.bins if bins else 1,
+    price_bins = PriceBins(bins, scale) if bins else None
+    network = SparseMlp(
+        terms=fit.terms.shape[1], dense=fit.dense.shape[1], hidden=settings.hidden, outputs=bins or 1
     )
-    dense = [parameter for name, parameter in model.named_parameters() if not name.startswith("terms.")]
+
+    # SparseAdam updates only the rows of terms that occur in the batch
+    others = [parameter for name, parameter in network.named_parameters() if name != "terms.weight"]
     optimizers = [
-        torch.optim.SparseAdam([model.terms.weight], settings.lr),
-        torch.optim.Adam(dense, settings.lr),
+        torch.optim.SparseAdam([network.terms.weight], settings.lr),
+        torch.optim.Adam(others, settings.lr),
     ]
     for epoch in tqdm(range(settings.epochs), desc=f"mlp, seed {seed}", unit=" epochs", leave=False):
-        size = 64 * 2 ** min(epoch, LARGEST_BATCH_DOUBLINGS)
-        for rows in np.array_split(order.permutation(len(ln_price)), max(1, len(ln_price) // size)):
-            indices, offsets, values, structural = as_tensors(fit[rows])
+        size = FIRST_BATCH * 2 ** min(epoch, BATCH_DOUBLINGS)
+        batches = max(1, len(ln_price) // size)
+        for rows in np.array_split(order.permutation(len(ln_price)), batches):
+            indices, offsets, values, dense = as_tensors(fit[rows])
             kept = torch.rand(len(values)) >= settings.word_dropout
-            output = model(indices, offsets, values * kept / (1 - settings.word_dropout), structural)
-            if bins:
-                loss = -(bins.soft_labels(target[rows]) * output.log_softmax(dim=1)).sum(dim=1).mean()
+            # as in dropout, what is kept grows, so that the sum has the same mean as at prediction
+            values = values * kept / (1 - settings.word_dropout)
+            output = network(indices, offsets, values, dense)  # (B, K)
+            if price_bins:
+                labels = price_bins.soft_labels(target[rows])
+                loss = -(labels * output.log_softmax(dim=1)).sum(dim=1).mean()  # cross-entropy
             else:
-                loss = torch.tanh((output[:, 0] - target[rows]).abs() * scale / 2).mean()  # SMAPE / 200
+                loss = smape_fraction((output[:, 0] - target[rows]) * scale)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-    return FittedMlp(model, bins, mean, scale)
-
-
-@torch.no_grad()
-def predict(model: SparseMlp, features: Features, bins: PriceBins | None, batch: int = 2048) -> Tensor:
-    """Standardised ln price, (N,)."""
-    outputs = []
-    for start in range(0, len(features.structural), batch):
-        output = model(*as_tensors(features[np.arange(start, min(start + batch, len(features.structural)))]))
-        outputs.append(bins.best_price(F.softmax(output, dim=1)) if bins else output[:, 0])
-    return torch.cat(outputs)
+    return FittedMlp(network, price_bins, mean, scale)
 
 
 def as_tensors(features: Features) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts of B rows as EmbeddingBag takes them, and their dense columns.
+
+    Returns:
+        indices (entries,) of terms; offsets (B,) at which each row's entries begin; values (entries,); dense (B, S).
+    """
     matrix = features.terms
     return (
         torch.from_numpy(matrix.indices.astype(np.int64)),

@@ -3,54 +3,95 @@
     python -m word_models.train --workspace OUT --model mlp
 
 Each of the five hold-outs is predicted by a model that was fitted on the other four, so every training row gets a
-price from a model that has not seen it; test rows are priced by a model fitted on all rows. Nothing is tuned on the
-held-out rows: the number of epochs and of trees is fixed.
+price from a model that has not seen it. Test rows are priced by a model that was fitted on all rows. Nothing is tuned
+on the held-out rows: the numbers of epochs and of trees are fixed.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from contracts.errors import run_entry_point
-from contracts.files import atomic_write
+from contracts.predictions import write_predictions
 from contracts.smape import smape_with_error
-from contracts.splits import N_HOLDOUTS, roles
-from contracts.workspace import SPLITS, Workspace
+from contracts.splits import N_FOLDS, N_HOLDOUTS, fitted_on, fitted_out_of_fold, roles, union_fitted_on
+from contracts.workspace import Workspace
 from training.settings import parse_settings
 from word_models.config import WordModelSettings
+
+if TYPE_CHECKING:
+    from word_models.features import Features
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     settings = parse_settings(WordModelSettings, argv, description=__doc__.split("\n")[0])
-    from word_models.features import add_embeddings, build_features
+    from word_models.embedding_columns import add_embeddings, read_embedding_files
+    from word_models.features import build_features
     from word_models.models import MODELS
 
-    workspace, model = Workspace(settings.workspace), MODELS[settings.model]
-    train, test = workspace.prepared("train"), workspace.prepared("test")
-    fold = workspace.folds().reindex(train["sample_id"]).to_numpy()
-    price = train["price"].to_numpy()
-    ln_price = np.log(price)
-    features = dict(zip(SPLITS, build_features(train, test), strict=True))
-    features, test_features = add_embeddings(features, workspace, settings.embeddings).values()
+    workspace = Workspace(settings.workspace)
+    tables = {"train": workspace.training_table(), "test": workspace.prepared("test")}
+    features = build_features(**tables)
+    # an encoder that has seen a row counts like a model that has seen it
+    encoders_fitted_on = []
+    for name in settings.embeddings:
+        files = read_embedding_files(workspace, name)
+        features = add_embeddings(features, tables, name, files)
+        encoders_fitted_on.append(files["train"].meta["fitted_on"])
 
-    predicted = np.empty(len(train))
+    price = tables["train"]["price"].to_numpy()
+    fold = tables["train"]["fold"].to_numpy()
+    predicted = predict_out_of_fold(settings, features["train"], np.log(price), fold)
+    fit_predict = MODELS[settings.model]
+    test_predicted = fit_predict(settings, features["train"], np.log(price), features["test"])
+
+    name = settings.prediction_name
+    meta = {"stage": "word_models.train", "model": settings.model}
+    write_predictions(
+        workspace,
+        name,
+        "train",
+        tables["train"]["sample_id"].to_numpy(),
+        log_price(predicted),
+        meta=meta | {"fitted_on": union_fitted_on(fitted_out_of_fold(N_HOLDOUTS), *encoders_fitted_on)},
+        fold=fold,
+    )
+    write_predictions(
+        workspace,
+        name,
+        "test",
+        tables["test"]["sample_id"].to_numpy(),
+        log_price(test_predicted),
+        meta=meta | {"fitted_on": fitted_on(encoder_folds=tuple(range(N_FOLDS)))},
+    )
+    score, error = smape_with_error(price, np.exp(predicted))
+    print(f"{name}: out-of-fold SMAPE {score:.2f} ± {error:.2f} on {len(price)} rows")
+    return {"smape": score, "standard_error": error}
+
+
+def predict_out_of_fold(
+    settings: WordModelSettings, features: Features, ln_price: np.ndarray, fold: np.ndarray
+) -> np.ndarray:
+    """ln price (N,) of each row by a model fitted on the rows outside the row's hold-out.
+
+    ln_price and fold are (N,).
+    """
+    from word_models.models import MODELS
+
+    fit_predict = MODELS[settings.model]
+    predicted = np.full(len(fold), np.nan)  # every row is overwritten; NaN would show one that is not
     for holdout in tqdm(range(N_HOLDOUTS), desc=f"{settings.model}, out of fold", unit=" hold-outs"):
         asked = np.isin(fold, roles(holdout).validate)
-        predicted[asked] = model(settings, features[~asked], ln_price[~asked], features[asked])
-    test_predicted = model(settings, features, ln_price, test_features)
+        predicted[asked] = fit_predict(settings, features[~asked], ln_price[~asked], features[asked])
+    return predicted
 
-    name = settings.name or "_".join(["words", settings.model, *settings.embeddings])
-    tables = {
-        "train": train[["sample_id"]].assign(log_price=np.log1p(np.exp(predicted)), fold=fold),
-        "test": test[["sample_id"]].assign(log_price=np.log1p(np.exp(test_predicted))),
-    }
-    for split, table in tables.items():
-        with atomic_write(workspace.path("predictions", name=name, split=split)) as file:
-            table.to_csv(file, index=False)
-    score, error = smape_with_error(price, np.exp(predicted))
-    print(f"{name}: out-of-fold SMAPE {score:.2f} ± {error:.2f} on {len(train)} rows")
-    return {"smape": score, "standard_error": error}
+
+def log_price(ln_price: np.ndarray) -> np.ndarray:
+    """ln of dollars → log1p of dollars, the unit of prediction files."""
+    return np.log1p(np.exp(ln_price))
 
 
 if __name__ == "__main__":

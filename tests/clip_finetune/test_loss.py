@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
-from clip_finetune.loss import accumulate_backward, average_gradients, contrastive_loss, price_loss
+from clip_finetune.loss import accumulate_backward, contrastive_loss, price_loss
 from contracts.smape import smape
+from training.processes import reduce_gradients
 
 
 def test_contrastive_loss_by_hand():
@@ -88,7 +89,7 @@ def test_accumulated_batches_give_the_gradient_of_one(cuts):
     assert torch.allclose(model.backward(parts), whole)
     for name, gradient in model.gradients().items():
         assert torch.allclose(gradient, expected[name], atol=1e-6), name
-    # what plain accumulation would give is something else, so the comparison above means something
+    # plain accumulation would give another gradient, so the comparison above means something
     model.backward([parts[0]])
     assert not torch.allclose(model.image.weight.grad, expected["image.weight"], atol=1e-3)
 
@@ -99,7 +100,7 @@ def one_process(rank: int, folder: str) -> None:
     model, batch = Towers(), part(batch_of(8), slice(rank, None, 2))
     loss = model.backward([part(batch, slice(0, 2)), part(batch, slice(2, 4))])
     distributed.all_reduce(loss)
-    average_gradients(model.parameters())
+    reduce_gradients(model.parameters(), "mean")
     torch.save({"loss": loss / 2, **model.gradients()}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 

@@ -14,11 +14,17 @@ from safetensors.torch import load_file
 from clip_finetune import extract_embeddings, train
 from contracts.embeddings import read_embeddings
 from contracts.errors import InputError
+from contracts.files import read_json, sidecar_of
+from contracts.predictions import read_predictions
+from contracts.smape import smape
 from contracts.splits import roles, split_hash
-from contracts.workspace import Workspace
-from training.run_folder import RunFolder
+from contracts.workspace import CLIP_IMAGE, Workspace
+from training.extraction import ShardedExtraction
+from training.run_folder import RunFolder, weights_hash
 
-FLAGS = ["--preset", "tiny", "--device", "cpu", "--batch-size", "32", "--grad-accum", "2", "--epochs", "2"]
+FLAGS = [
+    "--preset", "tiny", "--device", "cpu", "--batch-size", "32", "--gradient-accumulation-steps", "2", "--epochs", "2",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,7 +64,7 @@ def extract(workspace, split, *flags):
 def finished(sample_workspace, tmp_path_factory):
     """A workspace after training and extraction; read only."""
     workspace = copy_workspace(sample_workspace, tmp_path_factory.mktemp("clip") / "finished")
-    run_train(workspace, "--epochs", "3", "--grad-accum", "1")
+    run_train(workspace, "--epochs", "3", "--gradient-accumulation-steps", "1")
     extract(workspace, "train", "--shard-rows", "150")
     extract(workspace, "test")
     return workspace
@@ -66,12 +72,13 @@ def finished(sample_workspace, tmp_path_factory):
 
 def test_run_folder(finished):
     run = RunFolder(finished / "checkpoints/clip_finetune")
-    assert run.complete and not list(run.path.glob("step_*")) and not list(run.path.glob("best_*"))
-    names = {file.name for file in run.path.iterdir()}
-    assert {"settings.json", "manifest.json", "training_curves.png", "open_clip_model.safetensors"} <= names
-    steps = [line for line in run.metrics() if "train/loss" in line]
-    first, last = (np.mean([line["train/loss"] for line in part]) for part in (steps[:4], steps[-4:]))
-    assert last < 0.9 * first
+    assert run.complete
+    assert sorted(file.name for file in run.path.iterdir()) == [
+        "COMPLETE", "manifest.json", "metrics.jsonl", "open_clip_config.json", "open_clip_model.safetensors",
+        "price_head.safetensors", "settings.json", "summary.json", "training_curves.png",
+    ]  # fmt: skip
+    losses = [line["train/loss"] for line in run.metrics() if "train/loss" in line]
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
     summary = json.loads((run.path / "summary.json").read_text())
     counts = summary["pictures"]
     assert summary["trained"] and sum(counts.values()) + summary["rows_without_usable_picture"] == 400
@@ -80,95 +87,95 @@ def test_run_folder(finished):
     assert 0 < summary["validate"]["smape"] < 200 and 0 <= summary["validate"]["recall@1"] <= 1
 
 
+def test_every_file_of_a_run_can_be_read_by_all(finished):
+    """safetensors alone would leave its files to their owner."""
+    files = [file for file in (finished / "checkpoints/clip_finetune").rglob("*") if file.is_file()]
+    assert {file.name: file.stat().st_mode & 0o777 for file in files} == {file.name: 0o644 for file in files}
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_embeddings_keep_the_contract(finished, split):
     workspace = Workspace(finished)
     table = workspace.prepared(split)
-    content = read_embeddings(workspace.path("embeddings", name="clip_image", split=split))
+    content = read_embeddings(workspace.path("embeddings", name=CLIP_IMAGE, split=split))
     assert content.sample_ids.tolist() == table["sample_id"].tolist() and content.width == 64
     lengths = np.linalg.norm(content.embeddings, axis=1)
     assert np.allclose(lengths[content.valid], 1, atol=1e-5) and not lengths[~content.valid].any()
     assert content.meta["fitted_on"] == [list(roles(0).fitted_on)] * 10
     assert content.meta["split_hash"] == split_hash(workspace.folds()) and content.meta["split"] == split
+    assert content.meta["run"] == "clip_finetune"
+    assert content.meta["checkpoint"] == weights_hash(workspace.path("run", name="clip_finetune"))
 
-    failed = pd.read_csv(workspace.path("image_failures", name="clip_image", split=split), dtype=str)
+    failed = pd.read_csv(workspace.path("image_failures", name=CLIP_IMAGE, split=split), dtype=str)
     assert failed["sample_id"].tolist() == content.sample_ids[~content.valid].tolist()
     reasons = failed["reason"].tolist()
     assert "missing" in reasons and "not a picture" in reasons
     assert any(reason.startswith("damaged") for reason in reasons)
 
-    predictions = pd.read_csv(
-        workspace.path("predictions", name="clip_finetune", split=split), dtype={"sample_id": str}
-    )
-    assert predictions["sample_id"].tolist() == content.sample_ids[content.valid].tolist()
-    assert (predictions["log_price"] > 0).all()
+    predictions = read_predictions(workspace, "clip_finetune", split)
+    assert predictions.sample_ids.tolist() == content.sample_ids[content.valid].tolist()
+    assert (predictions.log_price > 0).all()
+    for entry in ("checkpoint", "fitted_on"):
+        assert predictions.meta[entry] == content.meta[entry]
+    assert predictions.meta["stage"] == predictions.meta["model"] == "clip_finetune"
     if split == "train":
-        assert (predictions["fold"] == workspace.folds().loc[predictions["sample_id"]].to_numpy()).all()
+        assert set(predictions.fold[predictions.unseen]) == set(roles(0).validate)
 
 
 def test_predictions_agree_with_the_score_of_the_run(finished):
     """The SMAPE in summary.json follows again from the files that extraction wrote."""
-    from contracts.smape import smape
-
     workspace = Workspace(finished)
-    predictions = pd.read_csv(
-        workspace.path("predictions", name="clip_finetune", split="train"), dtype={"sample_id": str}
-    )
-    price = workspace.prepared("train").set_index("sample_id")["price"]
-    held = predictions[predictions["fold"].isin(roles(0).validate)]
-    summary = json.loads((finished / "checkpoints/clip_finetune/summary.json").read_text())
-    score = smape(price.loc[held["sample_id"]].to_numpy(), np.expm1(held["log_price"].to_numpy()))
+    predictions = read_predictions(workspace, "clip_finetune", "train")
+    price = workspace.prepared("train").set_index("sample_id")["price"].loc[predictions.sample_ids].to_numpy()
+    summary = read_json(finished / "checkpoints/clip_finetune/summary.json")
+    score = smape(price[predictions.unseen], predictions.price[predictions.unseen])
     assert score == pytest.approx(summary["validate"]["smape"], abs=1e-3)
 
 
-def test_interrupted_extraction_continues(finished, tmp_path, monkeypatch):
+def test_interrupted_extraction_continues(finished, tmp_path, monkeypatch, killed_at):
     workspace = tmp_path / "copy"
     shutil.copytree(finished, workspace)
-    path, calls, embed = workspace / "data/embeddings/clip_image_train.pkl", [], extract_embeddings.embed
-    expected = read_embeddings(path)
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return embed(*args)
-
-    monkeypatch.setattr(extract_embeddings, "embed", failing)
-    with pytest.raises(KeyboardInterrupt):
+    expected = read_embeddings(workspace / "data/embeddings/clip_image_train.pkl")
+    failed = workspace / "data/image_failures_clip_image_train.csv"
+    listed = failed.read_text()
+    failed.unlink()
+    with killed_at(ShardedExtraction, "write", 3):
         extract(workspace, "train", "--shard-rows", "100")
+
+    written, write = [], ShardedExtraction.write
+    monkeypatch.setattr(
+        ShardedExtraction, "write",
+        lambda self, rows, *content: (written.append(rows.start), write(self, rows, *content)),
+    )  # fmt: skip
     content = extract(workspace, "train", "--shard-rows", "100")
-    assert len(calls) == 3 + 2  # of four shards two were done
+    assert written == [200, 300]  # of four shards two were done
     assert np.array_equal(content.valid, expected.valid)
     assert np.allclose(content.embeddings, expected.embeddings, atol=1e-6)
+    assert failed.read_text() == listed
 
 
-@pytest.mark.parametrize("last", [4, 3], ids=["in the second epoch", "before the first evaluation"])
-def test_resumed_run_equals_uninterrupted(sample_workspace, tmp_path, monkeypatch, last):
-    """Stopped just after the checkpoint of step `last`; an epoch has three steps."""
+@pytest.mark.parametrize(
+    ("checkpoint_steps", "log_call", "last"),
+    [(2, 6, 4), (3, 4, 3)],
+    ids=["in the second epoch", "before the first evaluation"],
+)
+def test_resumed_run_equals_uninterrupted(
+    sample_workspace, tmp_path, killed_at, checkpoint_steps, log_call, last
+):
+    """Stopped between the checkpoint of step `last` and the next logged line; an epoch has three steps."""
     flags = [
         "--checkpoint-steps",
-        "2" if last == 4 else "3",
+        str(checkpoint_steps),
         "--unfreeze-blocks",
         "1",
         "--unfreeze-per-epoch",
         "1",
     ]
-    whole, stopped = (
-        copy_workspace(sample_workspace, tmp_path / name, rows=220) for name in ("whole", "stopped")
-    )
+    whole = copy_workspace(sample_workspace, tmp_path / "whole", rows=220)
+    stopped = copy_workspace(sample_workspace, tmp_path / "stopped", rows=220)
     run_train(whole, *flags)
-
-    save = RunFolder.save_checkpoint
-
-    def save_and_stop(run, step, *args):
-        save(run, step, *args)
-        if step == last:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunFolder, "save_checkpoint", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(RunFolder, "log", log_call):
         run_train(stopped, *flags)
-    monkeypatch.undo()
     logged = RunFolder(stopped / "checkpoints/clip_finetune").metrics()
     assert logged[-1]["step"] == last and "epoch" not in logged[-1]
     assert len([line for line in logged if "epoch" in line]) == last - 3
@@ -184,7 +191,9 @@ def test_resumed_run_equals_uninterrupted(sample_workspace, tmp_path, monkeypatc
     assert (stopped / "checkpoints/clip_finetune/summary.json").read_text() == before
 
 
-def test_the_best_epoch_is_kept(sample_workspace, tmp_path, monkeypatch):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_best_epoch_is_kept(sample_workspace, tmp_path, monkeypatch, killed_at, interrupted):
+    """Of three epochs, of one step each, the second is the best. The run is interrupted in the third."""
     import clip_finetune.evaluation
 
     workspace, seen = copy_workspace(sample_workspace, tmp_path / "best", rows=60), []
@@ -194,7 +203,13 @@ def test_the_best_epoch_is_kept(sample_workspace, tmp_path, monkeypatch):
         return {"smape": [50.0, 40.0, 60.0, 0.0][len(seen) - 1]}  # the fourth is the validation
 
     monkeypatch.setattr(clip_finetune.evaluation, "evaluate", evaluate)
-    assert run_train(workspace, "--epochs", "3")["best"] == {"epoch": 2, "score": 40.0, "smape": 40.0}
+    flags = ["--epochs", "3"]
+    if interrupted:
+        with killed_at(RunFolder, "log", 5):  # two lines per epoch
+            run_train(workspace, *flags)
+        assert len(seen) == 2
+        flags.append("--resume")
+    assert run_train(workspace, *flags)["best"] == {"epoch": 2, "score": 40.0, "smape": 40.0}
     saved = load_file(workspace / "checkpoints/clip_finetune/open_clip_model.safetensors")
     assert all(torch.equal(saved[name], seen[1][name]) for name in saved)
     assert not torch.equal(saved["logit_scale"], seen[2]["logit_scale"])
@@ -229,30 +244,61 @@ def test_price_part_off(sample_workspace, tmp_path):
     stale = Workspace(workspace).path("predictions", name="clip_finetune", split="train")
     stale.parent.mkdir()
     stale.write_text("sample_id,log_price,fold\n")
+    sidecar_of(stale).write_text("{}")
     summary = run_train(workspace, "--price-weight", "0", "--epochs", "1")
     assert "smape" not in summary["validate"] and "recall@1" in summary["validate"]
     assert extract(workspace, "train").valid.any()
-    assert not stale.exists()
+    assert not stale.exists() and not sidecar_of(stale).exists()
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run(sample_workspace, tmp_path, monkeypatch):
-    import clip_finetune.loss
-
+@pytest.mark.parametrize(
+    ("batch_size", "message"),
+    [
+        ("8", "clip_finetune: loss is NaN at step 2; lower --lr"),
+        ("32", "clip_finetune: the model gives NaN for a picture or text; lower --lr"),
+    ],
+    ids=["in the next step", "in the evaluation after the epoch's only step"],
+)
+def test_weights_beyond_float32_end_the_run_with_one_line(sample_workspace, tmp_path, batch_size, message):
     workspace = copy_workspace(sample_workspace, tmp_path / "nan", rows=60)
-    monkeypatch.setattr(
-        clip_finetune.loss, "price_loss", lambda predicted, *_: predicted.sum() * float("nan")
-    )
-    with pytest.raises(InputError, match="the loss is nan at step 1; lower --lr"):
-        run_train(workspace)
+    with pytest.raises(InputError, match=message):
+        run_train(workspace, "--lr", "1e30", "--warmup-ratio", "0", "--batch-size", batch_size)
     with pytest.raises(InputError, match="no finished run"):
         extract(workspace, "train")
 
 
-def test_learning_rate_rises_then_falls():
-    factors = [train.learning_rate_factor(step, 100, 0.1) for step in range(1, 101)]
-    assert factors[4] == pytest.approx(0.5) and max(factors) == factors[9] == 1.0
-    assert factors[-1] > 0 and np.all(np.diff(factors[9:]) < 0)
-    assert train.learning_rate_factor(1, 1, 0.1) > 0.1  # a run of one step learns something
+def test_the_learning_rate_rises_then_falls(finished):
+    """Over 24 steps: 0.1 of them, rounded to 2, are the warm-up; the rate of the last step is not yet zero."""
+    logged = [
+        line["lr"] for line in RunFolder(finished / "checkpoints/clip_finetune").metrics() if "lr" in line
+    ]
+    assert len(logged) == 27
+    assert logged[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert np.all(np.diff(logged[2:4]) <= 0) and np.all(np.diff(logged[3:]) < 0) and logged[-1] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("main", [train.main, lambda flags: extract_embeddings.main(["train", *flags])])
+def test_an_absent_device_is_one_line(finished, main):
+    with pytest.raises(InputError, match="--device cuda:1: this torch sees no CUDA device"):
+        main(["--device", "cuda:1", "--workspace", str(finished)])
+
+
+def test_the_numbered_device_is_used(sample_workspace, tmp_path):
+    """With two CUDA devices, which torch is told that there are, and up to the point where the model would move."""
+    workspace = copy_workspace(sample_workspace, tmp_path / "cuda", rows=60)
+    code = f"""
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 2
+torch.cuda.set_device = lambda device: None
+from clip_finetune import train
+train.build_data = lambda settings, model, accelerator: exit(str(accelerator.device))
+flags = ["--preset", "tiny", "--precision", "fp32", "--device", "cuda:1", "--workspace", {str(workspace)!r}]
+train.main(flags)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stderr.strip().splitlines()[-1] == "cuda:1"
 
 
 @pytest.mark.slow
@@ -271,7 +317,7 @@ def test_two_processes(sample_workspace, tmp_path):
         flags = [*flags, "--workspace", str(two), "--device", "cpu"]
         subprocess.run([*command, "-m", module, "--", *flags], check=True, timeout=300)
 
-    flags = ["--epochs", "1", "--grad-accum", "2", "--warmup", "0", "--workers", "0"]
+    flags = ["--epochs", "1", "--gradient-accumulation-steps", "2", "--warmup-ratio", "0", "--workers", "0"]
     assert run_train(one, *flags, "--batch-size", "16")["pictures"]["fit"] == 64
     torchrun("clip_finetune.train", *FLAGS, *flags, "--batch-size", "8")
     metrics = [RunFolder(folder / "checkpoints/clip_finetune").metrics() for folder in (one, two)]

@@ -1,4 +1,5 @@
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,15 +15,14 @@ from contracts.embeddings import align, iterate_embeddings, read_embeddings
 from contracts.errors import InputError
 from contracts.files import read_json, write_json
 from contracts.splits import leaked_folds
-from contracts.workspace import Workspace
+from contracts.workspace import SIGLIP_IMAGE, Workspace
 from siglip_extract.config import PRESETS, Settings
-from siglip_extract.extract_embeddings import load_tower, main
+from siglip_extract.extract_embeddings import NAMES, Texts, load_tower, main, pictures
 from training.extraction import ShardedExtraction
 from training.pictures import open_picture
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = 60
-NAMES = {"image": "siglip_image", "text": "siglip_text"}
 
 
 def copy_workspace(source: Path, folder: Path) -> Workspace:
@@ -64,7 +64,7 @@ def embedded(workspace: Workspace, tower: str, split: str = "train"):
 
 
 def failures(workspace: Workspace, split: str = "train") -> pd.DataFrame:
-    path = workspace.path("image_failures", name="siglip_image", split=split)
+    path = workspace.path("image_failures", name=SIGLIP_IMAGE, split=split)
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
@@ -120,18 +120,31 @@ def test_empty_text_is_invalid(done):
 def test_embeddings_do_not_depend_on_neighbours(done):
     """Every row alone, straight through its tower, gives what the batches gave."""
     table = done.prepared("train")
-    settings = Settings(**{**PRESETS["tiny"], "preset": "tiny", "workspace": str(done.root)})
-    image, text = load_tower("image", settings), load_tower("text", settings)
-    pictures, texts = embedded(done, "image"), embedded(done, "text")
-    with torch.inference_mode():
-        for row in range(6, 20):
-            ids = text.prepare([table["text"][row]])
-            alone = text({"input_ids": ids})[0].numpy()
-            np.testing.assert_allclose(texts.embeddings[row], alone, atol=1e-5)
-            if pictures.valid[row]:
-                picture = open_picture(done.images_folder() / table["image"][row], min_side=64)
-                alone = image({"pixel_values": image.prepare(picture)[None]})[0].numpy()
-                np.testing.assert_allclose(pictures.embeddings[row], alone, atol=1e-5)
+    image, text = towers(done)
+    of_pictures, of_texts = embedded(done, "image"), embedded(done, "text")
+    for row in range(6, 20):
+        alone = text.encode_batch(text.prepare([table["text"][row]]))[0]
+        np.testing.assert_allclose(of_texts.embeddings[row], alone, atol=1e-5)
+        if of_pictures.valid[row]:
+            picture = open_picture(done.images_folder() / table["image"][row], min_side=64)
+            alone = image.encode_batch(image.prepare(picture)[None])[0]
+            np.testing.assert_allclose(of_pictures.embeddings[row], alone, atol=1e-5)
+
+
+def towers(workspace):
+    settings = Settings(**{**PRESETS["tiny"], "preset": "tiny", "workspace": workspace.root})
+    return load_tower("image", settings), load_tower("text", settings)
+
+
+def test_rows_can_be_sent_to_a_worker(done):
+    """Where workers are not forked, as on macOS, they get the rows pickled."""
+    table = done.prepared("train").iloc[6:12]
+    image, text = towers(done)
+    for rows in (pictures(table, done.images_folder(), image), Texts(table, text)):
+        there = pickle.loads(pickle.dumps(rows))
+        expected, reasons = rows.collate([rows[row] for row in range(6)])
+        inputs, same_reasons = there.collate([there[row] for row in range(6)])
+        assert torch.equal(inputs, expected) and same_reasons == reasons
 
 
 def test_shuffled_table_gives_the_same_rows(done, fresh):
@@ -147,29 +160,19 @@ def test_shuffled_table_gives_the_same_rows(done, fresh):
     np.testing.assert_allclose(shuffled.embeddings, expected.embeddings, atol=1e-5)
 
 
-def test_interrupted_run_continues(done, fresh, monkeypatch, capsys):
+def test_interrupted_run_continues(done, fresh, monkeypatch, killed_at, capsys):
     flags = ("--tower", "image", "--shard-rows", "25", "--batch-size", "16")
-    write, written = ShardedExtraction.write, []
-
-    def write_two(self, rows, *content):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(rows.start)
-        write(self, rows, *content)
-
-    monkeypatch.setattr(ShardedExtraction, "write", write_two)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(ShardedExtraction, "write", 3):
         run(fresh, "train", *flags)
-    assert written == [0, 25]
-    assert not fresh.path("embeddings", name="siglip_image", split="train").exists()
+    assert not fresh.path("embeddings", name=SIGLIP_IMAGE, split="train").exists()
 
-    def write_and_note(self, rows, *content):
-        written.append(rows.start)
-        write(self, rows, *content)
-
-    monkeypatch.setattr(ShardedExtraction, "write", write_and_note)
+    written, write = [], ShardedExtraction.write
+    monkeypatch.setattr(
+        ShardedExtraction, "write",
+        lambda self, rows, *content: (written.append(rows.start), write(self, rows, *content)),
+    )  # fmt: skip
     run(fresh, "train", *flags)
-    assert written == [0, 25, 50]
+    assert written == [50]
     assert "2 of 3 shards were there already" in capsys.readouterr().out
     resumed, expected = embedded(fresh, "image"), embedded(done, "image")
     np.testing.assert_array_equal(resumed.embeddings, expected.embeddings)
@@ -177,10 +180,10 @@ def test_interrupted_run_continues(done, fresh, monkeypatch, capsys):
     pd.testing.assert_frame_equal(failures(fresh), failures(done))
 
 
-def test_kept_shards_are_made_again_when_an_input_changes(fresh, monkeypatch):
+def test_kept_shards_are_made_again_when_an_input_changes(fresh):
     flags = ("--tower", "image", "--shard-rows", "30", "--keep-shards")
     run(fresh, "train", *flags)
-    path = fresh.path("embeddings", name="siglip_image", split="train")
+    path = fresh.path("embeddings", name=SIGLIP_IMAGE, split="train")
     shards = list(iterate_embeddings(path))
     assert [len(shard.valid) for shard in shards] == [30, 30] and not path.exists()
     assert not shards[0].valid[0]
@@ -216,6 +219,29 @@ def test_refused_settings(done, flags):
         run(done, "train", "--tower", "image", *flags)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_device_is_one_line(done):
+    with pytest.raises(InputError, match="--device cuda:1: this torch sees no CUDA device"):
+        main(["train", "--preset", "tiny", "--device", "cuda:1", "--workspace", str(done.root)])
+
+
+def test_the_numbered_device_is_used():
+    """With two CUDA devices, which torch is told that there are, and up to the point where the tower is loaded."""
+    code = """
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 2
+torch.cuda.set_device = lambda device: None
+from siglip_extract import extract_embeddings
+extract_embeddings.extract = lambda kind, split, settings, accelerator: exit(str(accelerator.device))
+extract_embeddings.main(["train", "--preset", "tiny", "--device", "cuda:1"])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert result.stderr.strip().splitlines()[-1] == "cuda:1"
+
+
 def test_script_in_its_folder_shows_help_without_torch():
     code = (
         "import sys, runpy\nsys.argv = ['extract_embeddings.py', '--help']\n"
@@ -236,7 +262,12 @@ def test_two_processes_write_what_one_writes(done, fresh):
                "--storage", "float32", "--workspace", str(fresh.root),
                "--shard-rows", "25", "--batch-size", "16"]  # fmt: skip
     result = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     for tower in NAMES:

@@ -1,12 +1,14 @@
+import pickle
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from training import pictures as images
-from training.pictures import UnreadablePicture, open_picture, read_pixels
+from training.pictures import PictureRows, UnreadablePicture, open_picture, read_pixels
 
 
 def png_that_unpacks_to(width, height):
@@ -137,3 +139,56 @@ def test_real_pictures(challenge):
         except UnreadablePicture as error:
             reasons[path.name] = str(error)
     assert len(reasons) == 4, reasons  # one unreadable, three truncated by a few bytes
+
+
+NAMES = ["good.png", "page.jpg", "absent.jpg", "", "other.png"]
+
+
+def mean_colour(picture):
+    return torch.tensor(np.asarray(picture, np.float32).mean((0, 1)))
+
+
+def colour_and_width(picture):
+    return mean_colour(picture), torch.tensor(picture.width)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "good.png")
+    Image.new("RGB", (30, 30), (0, 255, 0)).save(tmp_path / "other.png")
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    return tmp_path
+
+
+@pytest.mark.parametrize("read", [open_picture, read_pixels])
+def test_rows_have_an_input_or_a_reason(folder, read):
+    rows = PictureRows(NAMES, folder, mean_colour, min_side=8, read=read)
+    items = [rows[row] for row in range(len(rows))]
+    assert [reason for _, reason in items] == ["", "not a picture", "missing", "no image link", ""]
+    assert items[0][0].tolist() == [255, 0, 0] and items[1][0] is None
+    inputs, reasons = rows.collate(items)
+    assert inputs.tolist() == [[255, 0, 0], [0, 255, 0]]
+    assert reasons == [reason for _, reason in items]
+    assert rows.collate(items[1:3]) == (None, ["not a picture", "missing"])
+
+
+def test_one_picture_can_serve_several_encoders(folder):
+    rows = PictureRows(NAMES, folder, colour_and_width, min_side=8)
+    (colours, widths), _ = rows.collate([rows[0], rows[4]])
+    assert colours.shape == (2, 3) and widths.tolist() == [40, 30]
+
+
+def test_rows_can_be_sent_to_a_worker(folder):
+    """Where workers are not forked, as on macOS, they get the dataset pickled."""
+    rows = pickle.loads(pickle.dumps(PictureRows(NAMES, folder, mean_colour, min_side=8)))
+    assert rows[0][0].tolist() == [255, 0, 0]
+
+
+def test_identity_changes_with_the_files(folder):
+    def identity(names=NAMES):
+        return PictureRows(names, folder, mean_colour, min_side=8).identity()
+
+    before = identity()
+    assert identity() == before and identity(NAMES[:4]) != before
+    Image.new("RGB", (80, 80), "blue").save(folder / "absent.jpg")
+    assert identity() != before

@@ -8,22 +8,15 @@ import pandas as pd
 import pytest
 import torch
 
-from contracts.catalog import read_table
 from contracts.errors import InputError
+from contracts.predictions import read_predictions
 from contracts.splits import roles
 from contracts.workspace import Workspace
 from word_models import explain, train
-from word_models.attribution import (
-    Catalogue,
-    Explainer,
-    by_group,
-    by_word,
-    effects,
-    integrated_gradients,
-    pieces_to_words,
-)
+from word_models.amounts import amount_bins, amounts
+from word_models.attribution import Catalogue, Explainer, integrated_gradients
+from word_models.effects import FIELD_OF_COLUMNS, by_group, by_word, effects, pieces_to_words
 from word_models.explain import ExplainSettings
-from word_models.features import amount_bins, amounts, structural_fields
 
 QUICK = {"seeds": 2, "epochs": 25, "lr": 1e-2, "hidden": 32}
 FLAGS = [text for name, value in QUICK.items() for text in (f"--{name}", str(value))]
@@ -62,7 +55,7 @@ def test_attributions_are_the_integral_of_the_gradients(explainer):
     of_terms, of_structural = torch.zeros_like(terms), torch.zeros_like(structural)
     for alpha in (torch.arange(steps) + 0.5) / steps:
         x, s = (alpha * terms).requires_grad_(), (start + alpha * (structural - start)).requires_grad_()
-        ln_price = mlp.layers(x @ mlp.terms.weight.detach() + mlp.structural(s)).sum() * network.scale
+        ln_price = mlp.layers(x @ mlp.terms.weight.detach() + mlp.dense(s)).sum() * network.scale
         by_x, by_s = torch.autograd.grad(ln_price, (x, s))
         of_terms += by_x * terms / steps
         of_structural += by_s * (structural - start) / steps
@@ -87,7 +80,7 @@ def test_effects_of_a_product_lose_nothing(explainer):
         of_pieces = frame.loc[frame["group"] == "title pieces", "contribution"].sum()
         assert of_pieces == pytest.approx(attribution.terms[row].data[pieces].sum(), abs=1e-9)
     # groups of one row, net
-    groups = by_group(catalogue.names, explainer.attribute(rows[-1:])).set_index("group")["mean_abs_ln_price"]
+    groups = by_group(catalogue, explainer.attribute(rows[-1:])).set_index("group")["mean_abs_ln_price"]
     net = frame.groupby("group")["contribution"].sum().abs()
     np.testing.assert_allclose(groups[net.index], net, rtol=1e-5, atol=1e-9)
 
@@ -101,13 +94,15 @@ def test_pieces_go_to_the_words_they_are_cut_from(catalogue):
 
 
 def test_every_structural_column_is_named_after_the_field_that_moves_it(catalogue):
-    table, fields = catalogue.tables["train"], structural_fields()
+    table = catalogue.tables["train"]
+    assert set(FIELD_OF_COLUMNS) == set(catalogue.columns)
 
     def moved(**changed):
-        before, after = (np.hstack([amounts(t), amount_bins(t)]) for t in (table, table.assign(**changed)))
-        return set(fields[(before != after).any(axis=0)])
+        other = table.assign(**changed)
+        before = amounts(table) | amount_bins(table)
+        after = amounts(other) | amount_bins(other)
+        return {FIELD_OF_COLUMNS[name] for name in before if not np.array_equal(before[name], after[name])}
 
-    assert len(fields) == catalogue.features["train"].structural.shape[1]
     assert moved(total_amount=table["total_amount"] * 3) == {"total amount"}
     assert moved(quantity_value=table["quantity_value"] + 1) == {"total amount"}
     assert moved(pack_count=table["pack_count"] * 3) == {"pack count"}
@@ -179,10 +174,10 @@ def test_a_planted_word_is_found(planted):
 
 def test_what_is_explained_is_the_out_of_fold_price(planted):
     train.main(["--workspace", str(planted.root), *FLAGS, "--epochs", "3"])
-    written = read_table(planted.path("predictions", name="words_mlp", split="train"))
+    written = read_predictions(planted, "words_mlp", "train")
     explainer = Explainer.fit(ExplainSettings(**QUICK | {"epochs": 3}), Catalogue.read(planted), 3)
     predicted = np.log1p(np.exp(explainer.attribute(explainer.rows).predicted))
-    np.testing.assert_allclose(predicted, written["log_price"].astype(float)[explainer.rows], rtol=1e-5)
+    np.testing.assert_allclose(predicted, written.log_price[explainer.rows], rtol=1e-5)
 
 
 def test_named_products_of_train_and_test(planted):
@@ -192,7 +187,7 @@ def test_named_products_of_train_and_test(planted):
     test.loc[5, "entity_name"] = "$5 & $6 of _things_"
     test.to_csv(planted.path("prepared", split="test"), index=False)
     ids = [table["sample_id"][7], test["sample_id"][4], "a/b $1"]
-    flags = ["--workspace", str(planted.root), *FLAGS, "--rows", "0", "--name", "named", "--quick"]
+    flags = ["--workspace", str(planted.root), *FLAGS, "--rows", "0", "--run", "named", "--quick"]
     folder = explain.main([*flags, "--ids", *ids]) / "products"
     assert {path.name for path in folder.glob("*.png")} == {
         f"{ids[0]}.png",

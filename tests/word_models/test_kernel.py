@@ -7,11 +7,9 @@ import torch
 from contracts.errors import InputError
 from contracts.smape import smape
 from contracts.workspace import Workspace
-from word_models import kernel
 from word_models.config import WordModelSettings
-from word_models.features import build_features, structural_fields
+from word_models.features import build_features
 from word_models.kernel import KernelModel, Similarity, compare, differences, learn
-from word_models.models import MODELS
 from word_models.surroundings import COLUMNS, POWERS, SLOPE_PRIOR, USUAL_SLOPE, surroundings
 
 SETTINGS = WordModelSettings(model="kernel", kernel_steps=15)
@@ -22,37 +20,36 @@ def products(sample_workspace):
     """Features and ln price of 400 rows; two views of meaning, and a column that an embedding file has named."""
     workspace = Workspace(sample_workspace)
     table = workspace.prepared("train")
-    features, _ = build_features(table, workspace.prepared("test"))
+    features = build_features(table, workspace.prepared("test"))["train"]
     ln_price = np.log(table["price"].to_numpy())
     hint = ln_price + np.random.default_rng(0).normal(0, 0.3, len(ln_price))
-    structural = np.hstack([features.structural, hint[:, None]]).astype(np.float32)
-    return replace(features, structural=structural, meanings=features.meanings[:2]), ln_price
+    features = features.with_columns({"encoder: log_price": hint[:, None]})
+    return replace(features, meanings=features.meanings[:2]), ln_price
 
 
 def test_similarity_is_the_formula(products):
     """Against a plain loop on a few pairs."""
     features, _ = products
-    fit, asked = features[np.arange(12)], features[np.arange(12, 15)]
+    fit = features[np.arange(12)]
+    asked = features[np.arange(12, 15)]
     compared = differences(asked, fit)
-    similarity = Similarity.start(len(compared), len(fit.compared_amounts), seed=0)
+    similarity = Similarity.start(len(compared), len(fit.compared_columns), seed=0)
     found = similarity(compared)
 
     def cosine(a, b):
         return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
-    fields = structural_fields()
-    assert [fields[columns].tolist() for columns in fit.compared_amounts[6:7]] == [["unit kind"] * 4]
-    assert fit.compared_amounts[-1] == [len(fields)]  # the named column
+    assert list(fit.compared_columns)[-2:] == ["unit_kind", "encoder: log_price"]
     for i in range(3):
         for j in range(12):
             unlike = [
                 1 - cosine(asked.terms[[i], block].toarray()[0], fit.terms[[j], block].toarray()[0])
-                for block in fit.compared_blocks
+                for block in fit.compared_terms
             ]
             unlike += [1 - cosine(a[i], f[j]) for a, f in zip(asked.meanings, fit.meanings, strict=True)]
             unlike += [
                 0.5 * ((asked.structural[i, columns] - fit.structural[j, columns]) ** 2).sum()
-                for columns in fit.compared_amounts
+                for columns in fit.compared_columns.values()
             ]
             exponent = -(similarity.rate.exp().numpy() * np.array(unlike)).sum(axis=1)
             expected = (similarity.scale.exp().numpy() * np.exp(exponent)).sum()
@@ -72,13 +69,12 @@ def test_left_out_price_is_the_price_without_the_row(products):
         assert model.left_out.ln_price[left] == pytest.approx(expected, abs=2e-3)
 
 
-def test_predictions_do_not_depend_on_the_slab(products, monkeypatch):
+def test_predictions_do_not_depend_on_how_many_rows_are_compared_at_once(products):
     features, ln_price = products
     model = KernelModel.fit(SETTINGS, features[np.arange(200)], ln_price[:200])
     asked = features[np.arange(200, 400)]
     whole = model.estimate(asked)
-    monkeypatch.setattr(kernel, "SLAB", 37)
-    slabs = model.estimate(asked)
+    slabs = model.estimate(asked, rows_at_once=37)
     np.testing.assert_allclose(slabs.ln_price, whole.ln_price, rtol=1e-5)
     np.testing.assert_allclose(slabs.surroundings, whole.surroundings, atol=1e-4)
 
@@ -110,14 +106,14 @@ def test_surroundings_of_a_fitted_row_are_those_without_it(products):
     features, ln_price = products
     rows = np.arange(50)
     fit, known = features[rows], torch.from_numpy(ln_price[rows]).float()
-    similarity = Similarity.start(5 + len(fit.compared_amounts), len(fit.compared_amounts), seed=0)
+    similarity = Similarity.start(5 + len(fit.compared_columns), len(fit.compared_columns), seed=0)
     _, near = compare(similarity, fit, fit, known, leave_out_self=True)
     for left in (0, 20, 49):
         others = np.delete(rows, left)
         _, expected = compare(similarity, features[[left]], features[others], known[others])
         torch.testing.assert_close(near[left], expected[0], atol=1e-4, rtol=1e-4)
-    structural = features.structural.copy()
-    structural[:, 1:] = 0  # all but the amount of the regression line
+    structural = np.zeros_like(features.structural)
+    structural[:, features.columns["total_amount"]] = features.columns_named("total_amount")  # of the line
     _, without = compare(
         similarity, replace(features, structural=structural)[rows], fit, known, leave_out_self=True
     )
@@ -142,16 +138,16 @@ def test_learning_lowers_the_left_out_error_and_finds_what_matters(products):
         left_out = ln_price - ((inverse @ known) / inverse.diagonal()).numpy()
         return smape(np.exp(ln_price), np.exp(left_out))
 
-    amounts = len(features.compared_amounts)
+    amounts = len(features.compared_columns)
     start = Similarity.start(5 + amounts, amounts, seed=0)
     learned = learn(WordModelSettings(model="kernel", kernel_steps=40), features, ln_price)
     assert left_out_smape(learned) < left_out_smape(start) - 3
-    # the last comparison is the price itself with some noise: asked for far more than the length of a text
-    assert learned.rate[:, -1].max() > learned.rate[:, -4].max() + 1
+    # a price with some noise is asked for far more than the length of a text
+    rate = dict(zip(features.compared_columns, learned.rate[:, -amounts:].T, strict=True))
+    assert rate["encoder: log_price"].max() > rate["text_length"].max() + 1
 
 
-def test_kernel_refuses_more_rows_than_fit_in_memory(products, monkeypatch):
+def test_kernel_refuses_more_rows_than_fit_in_memory(products):
     features, ln_price = products
-    monkeypatch.setattr(kernel, "LARGEST", 300)
-    with pytest.raises(InputError, match="--model kernel: 400 rows"):
-        MODELS["kernel"](SETTINGS, features, ln_price, features)
+    with pytest.raises(InputError, match="--model kernel: 400 rows.* limited to 300"):
+        KernelModel.fit(SETTINGS, features, ln_price, max_rows=300)

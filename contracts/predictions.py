@@ -167,9 +167,9 @@ def read_predictions(workspace: Workspace, name: str, split: str) -> Predictions
 
 def prediction_names(workspace: Workspace, split: str = "train") -> list[str]:
     """Names of the models that have predicted this table, in alphabetical order."""
-    pattern = workspace.path("predictions", name="*", split=split)
     ending = f"_{split}.csv"
-    return sorted(path.name.removesuffix(ending) for path in pattern.parent.glob(pattern.name))
+    folder = workspace.path("predictions", name="any", split=split).parent
+    return sorted(path.name.removesuffix(ending) for path in folder.glob(f"*{ending}"))
 
 
 def _read_meta(path: Path, workspace: Workspace) -> dict[str, Any] | None:

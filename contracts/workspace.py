@@ -5,6 +5,7 @@ A workspace is one folder, by default the repository itself. Stages meet only th
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from contracts.splits import read_folds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "test")
+# a part may follow behind "/": the runs of an out-of-fold run lie in its folder
+NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)*", re.ASCII)
 CLIP_IMAGE, SIGLIP_IMAGE, SIGLIP_TEXT, QWEN_TEXT = "clip_image", "siglip_image", "siglip_text", "qwen_text"
 EMBEDDINGS = (CLIP_IMAGE, SIGLIP_IMAGE, SIGLIP_TEXT, QWEN_TEXT)
 """Names of the embedding files that the fusion of all embeddings reads."""
@@ -92,7 +95,15 @@ class Workspace:
         self.root = Path(root)
 
     def path(self, artefact: str, **fields: str) -> Path:
-        """`workspace.path("embeddings", name="clip_image", split="train")`"""
+        """`workspace.path("embeddings", name="clip_image", split="train")`
+
+        Raises InputError for a name that would lead out of the artefact's folder, or to the folder itself.
+        """
+        for field, name in fields.items():
+            if not NAME.fullmatch(name):
+                raise InputError(
+                    f"{field} {name!r}: use letters, digits, '.', '_' and '-', and start with no '.'"
+                )
         return self.root / ARTEFACTS[artefact].path.format(**fields)
 
     def prepared(self, split: str) -> pd.DataFrame:

@@ -35,3 +35,18 @@ def test_a_row_with_two_folds_is_named(sample_workspace, tmp_path):
 def test_every_artefact_stands_in_the_printed_table():
     printed = table()
     assert all(f"`{artefact.path}`" in printed for artefact in ARTEFACTS.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../data", "a/../..", "/tmp/x", "a//b", "a b", "a/", ".hidden", "a\n"]
+)
+def test_a_name_cannot_lead_out_of_its_folder(tmp_path, name):
+    with pytest.raises(InputError, match="use letters, digits"):
+        Workspace(tmp_path).path("run", name=name)
+
+
+def test_names_may_have_parts(tmp_path):
+    assert (
+        Workspace(tmp_path).path("run", name="minilm/fold_0")
+        == tmp_path / "checkpoints" / "minilm" / "fold_0"
+    )

@@ -14,12 +14,13 @@ MAY_IMPORT = {
     "contracts": set(),
     "training": {"contracts"},
     **{stage: {"contracts", "training"} for stage in STAGES},
-    "pipeline": {"contracts", "training", *STAGES},
-    "studies": {"contracts", "training", "pipeline", *STAGES},
+    "pricing": {"contracts", "training", *STAGES},
+    "pipeline": {"contracts", "training", "pricing", *STAGES},
+    "studies": {"contracts", "training", "pricing", "pipeline", *STAGES},
 }
 FUSION_ORDER = (
-    "config", "blocks", "int8", "loss_functions", "dataset", "evaluation", "processes", "loop", "experiment",
-    "explanation",
+    "blocks", "config", "int8", "loss_functions", "dataset", "evaluation", "processes", "target", "step", "loop",
+    "experiment", "explanation", "commands",
 )  # fmt: skip
 BANNED_NAMES = {"utils", "common", "helpers", "misc"}
 SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

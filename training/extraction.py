@@ -1,6 +1,7 @@
 """Extraction of embeddings: one loop over shards for every encoder, and files on disk that make it resumable.
 
-A stage brings rows (a dataset of model inputs, such as `training.pictures.PictureRows`) and an encoder:
+A stage brings rows (a dataset of model inputs, such as `training.pictures.PictureRows`) and an encoder. `encode_table`
+embeds a table in memory. A command, which must survive an interruption, goes through files:
 
     extraction = ShardedExtraction(path, sample_ids, meta, shard_rows=4096)
     for shard in embed_shards(extraction.pending(), rows, [encoder], batch_size=64, workers=8, device=device):
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,10 +35,13 @@ import numpy as np
 from contracts.embeddings import Embeddings, read_embeddings, write_embeddings
 from contracts.errors import InputError
 from contracts.files import atomic_write, read_json, sidecar_of, write_json
+from contracts.splits import split_hash
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+
+    from contracts.workspace import Workspace
 
 
 class InputRows(Protocol):
@@ -49,9 +54,12 @@ class InputRows(Protocol):
     def collate(self, items: list[Any]) -> tuple[Any | None, list[str]]:
         """The inputs of the usable rows of a batch (None if there are none), and for every row a reason or ""."""
 
+    def identity(self) -> str:
+        """A hash that changes when an input changes."""
 
-class Encoder(Protocol):
-    """A model on its device."""
+
+class BatchEncoder(Protocol):
+    """A model on its device. The `Encoder` of each stage that embeds pictures or texts row by row is one."""
 
     width: int
     """D_in"""
@@ -80,7 +88,7 @@ class EmbeddedShard:
 def embed_shards(
     shards: Sequence[slice],
     rows: InputRows,
-    encoders: Sequence[Encoder],
+    encoders: Sequence[BatchEncoder],
     *,
     batch_size: int,
     workers: int,
@@ -138,6 +146,58 @@ def _batches(shard: slice, batch_size: int) -> list[range]:
 def _usable(reasons: list[str], *, first: int) -> list[int]:
     """Positions of the rows without a reason, counted from `first`."""
     return [first + row for row, reason in enumerate(reasons) if reason == ""]
+
+
+def encode_table(
+    sample_ids: np.ndarray,
+    rows: InputRows,
+    encoder: BatchEncoder,
+    *,
+    meta: dict[str, Any],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> tuple[Embeddings, dict[str, str]]:
+    """Embed the rows of a table in memory.
+
+    Args:
+        sample_ids: (N,) str.
+        meta: of the embeddings.
+        batch_size, workers, device: as in `embed_shards`.
+
+    Returns:
+        The embeddings (N, D_in), and why rows have none: sample_id to reason.
+    """
+    whole = slice(0, len(rows))
+    (shard,) = embed_shards(
+        [whole], rows, [encoder], batch_size=batch_size, workers=workers, device=device, quiet=True
+    )
+    ids = np.asarray(sample_ids, np.str_)
+    return Embeddings(ids, shard.embeddings[0], shard.valid, dict(meta)), _reasons_by_id(ids, shard.reasons)
+
+
+def _reasons_by_id(sample_ids: np.ndarray, reasons: Sequence[str]) -> dict[str, str]:
+    """sample_id to reason, of the rows that have one."""
+    pairs = zip(sample_ids.tolist(), reasons, strict=True)
+    return {sample_id: reason for sample_id, reason in pairs if reason}
+
+
+def file_meta(encoder_meta: dict[str, Any], workspace: Workspace, split: str, inputs: str) -> dict[str, Any]:
+    """Meta of the embedding file of one table: what the encoder says of itself, and what the table adds.
+
+    A shard that was written under another meta (apart from `command`) is made again.
+
+    Args:
+        split: name of the table.
+        inputs: identity of its rows, see `InputRows.identity`.
+    """
+    return {
+        **encoder_meta,
+        "split": split,
+        "inputs": inputs,
+        "split_hash": split_hash(workspace.folds()),
+        "command": " ".join(sys.argv),
+    }
 
 
 class ShardedExtraction:
@@ -206,10 +266,7 @@ class ShardedExtraction:
         """
         (self.folder / "index.json").unlink(missing_ok=True)  # the folder no longer holds what it lists
         ids = self.sample_ids[rows]
-        failures = {}
-        for sample_id, reason in zip(ids.tolist(), reasons or [""] * len(ids), strict=True):
-            if reason:
-                failures[sample_id] = reason
+        failures = _reasons_by_id(ids, reasons or [""] * len(ids))
         meta = {**self.meta, "fingerprint": self._fingerprint(rows), "failures": failures}
         write_embeddings(self._file(rows), Embeddings(ids, embeddings, valid, meta))
 

@@ -121,7 +121,7 @@ class PictureRows:
 
     Args:
         names: (N,) file names; "" where a row has no picture.
-        folder: the folder that holds the files.
+        folder: the folder that holds the files; None where there is none, and every picture is missing.
         prepare: turns what `read` returns into the encoder's input. For several encoders it returns a tuple with one
             input for each, so that one decoded picture serves them all.
         min_side: side of the encoder's input in pixels, the largest one for several encoders; a JPEG is decoded at
@@ -132,7 +132,7 @@ class PictureRows:
     def __init__(
         self,
         names: Sequence[str],
-        folder: Path,
+        folder: Path | None,
         prepare: Callable[[Any], Any],
         *,
         min_side: int,
@@ -150,6 +150,8 @@ class PictureRows:
     def __getitem__(self, row: int) -> tuple[Any | None, str]:
         if not self.names[row]:
             return None, NO_LINK
+        if self.folder is None:
+            return None, MISSING
         try:
             picture = self.read(self.folder / self.names[row], min_side=self.min_side)
         except UnreadablePicture as error:
@@ -174,7 +176,7 @@ class PictureRows:
         """A hash that changes when a picture is added, removed or gets another size on disk."""
         digest = hashlib.sha256()
         for name in self.names:
-            path = self.folder / name
-            size = path.stat().st_size if name and path.is_file() else "-"
+            path = self.folder / name if self.folder and name else None
+            size = path.stat().st_size if path and path.is_file() else "-"
             digest.update(f"{name} {size}\n".encode())
         return digest.hexdigest()[:16]

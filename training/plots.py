@@ -3,54 +3,101 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from contracts.files import atomic_write
 from contracts.smape import price_bin, smape_terms
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+FEW_POINTS = 30
+"""Below this many points a curve shows each of them."""
+
 
 def plot_training_curves(path: Path, metrics: list[dict[str, float]], *, title: str) -> None:
-    """Draw each logged quantity over the step, one panel per quantity.
+    """Draw each logged quantity over the epochs, one panel per quantity.
 
-    Quantities that differ only in their prefix share a panel: `train/loss` and `stop/loss` are drawn together.
+    Quantities that differ only in their prefix share a panel: `train/loss` and `stop/loss` are drawn together. A line
+    that names no epoch is placed by its step, from the steps per epoch of a line that names both; where no line names
+    an epoch, steps are drawn as they are.
     """
+    steps_per_epoch = _steps_per_epoch(metrics)
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for line in metrics:
         for name, value in line.items():
-            if name in ("step", "epoch"):
+            if name in ("step", "epoch", "seconds"):
                 continue
             curves = panels.setdefault(name.split("/")[-1], {})
-            curves.setdefault(name, []).append((line["step"], value))
+            curves.setdefault(name, []).append((line["step"] / steps_per_epoch, value))
     with figure_at(path, columns=max(1, len(panels)), width=4.2, height=3.4) as (figure, axes):
         figure.suptitle(title)
         for axis, (quantity, curves) in zip(axes, panels.items(), strict=False):
             for name, points in curves.items():
-                steps, values = zip(*points, strict=True)
-                axis.plot(steps, values, label=name, marker="." if len(points) < 30 else None)
-            axis.set(xlabel="step", title=quantity)
+                at, values = zip(*points, strict=True)
+                axis.plot(at, values, label=name, marker="." if len(points) < FEW_POINTS else None)
+            axis.set(
+                xlabel="step" if steps_per_epoch == 1 and not _names_epochs(metrics) else "epoch",
+                title=quantity,
+            )
             axis.legend(frameon=False)
 
 
+def _names_epochs(metrics: list[dict[str, float]]) -> bool:
+    return any("epoch" in line for line in metrics)
+
+
+def _steps_per_epoch(metrics: list[dict[str, float]]) -> float:
+    """Steps in one epoch, from the last line that names an epoch; 1 where none does."""
+    for line in reversed(metrics):
+        if line.get("epoch"):
+            return max(1.0, line["step"] / line["epoch"])
+    return 1.0
+
+
 def plot_error_by_price(path: Path, price: np.ndarray, predicted: np.ndarray, *, title: str) -> None:
-    """Predicted over true price, and the SMAPE of each price bin with its number of rows."""
+    """Predicted over true price, and the SMAPE of each price bin with its standard error and number of rows."""
     import pandas as pd
 
     terms = smape_terms(price, predicted)
     by_bin = pd.Series(terms).groupby(price_bin(price), observed=True)
-    mean, rows = by_bin.mean(), by_bin.size()
     with figure_at(path, columns=2, width=5.2, height=4) as (figure, (scatter, bars)):
         figure.suptitle(title)
         both = np.concatenate([price, predicted])
         ends = [both.min(), both.max()]
         scatter.scatter(price, predicted, s=5, alpha=0.4, linewidths=0)
         scatter.plot(ends, ends, color="black", linewidth=0.8)
-        scatter.set(xscale="log", yscale="log", xlabel="true price, $", ylabel="predicted price, $")
-        drawn = bars.bar(mean.index.astype(str), mean)
-        bars.bar_label(drawn, [f"n={count}" for count in rows], fontsize=8)
-        bars.axhline(terms.mean(), color="black", linewidth=0.8, linestyle="--")
-        bars.set(xlabel="true price", ylabel="SMAPE, %")
-        bars.tick_params(axis="x", rotation=30)
+        scatter.set(xscale="log", yscale="log", xlabel="true price", ylabel="predicted price")
+        for axis in (scatter.xaxis, scatter.yaxis):
+            axis.set_major_formatter(lambda dollars, _: f"${dollars:,.10g}")
+        draw_error_bars(bars, by_bin.mean(), by_bin.sem(), by_bin.size(), overall=terms.mean())
+        bars.set(xlabel="true price")
+
+
+def draw_error_bars(axis, smape: pd.Series, error: pd.Series, rows: pd.Series, *, overall: float) -> None:
+    """A bar per group with its standard error (none for a single row), its number of rows, and a line for all rows.
+
+    Args:
+        smape, error, rows: by group; the index labels the bars.
+        overall: SMAPE of all rows.
+    """
+    # a bin of one row has no standard error, and no bar for it
+    drawn = axis.bar(
+        smape.index.astype(str), smape, yerr=error.fillna(0), capsize=3, error_kw={"linewidth": 0.8}
+    )
+    axis.axhline(overall, color="black", linewidth=0.8, linestyle="--", label=f"all rows: {overall:.1f}")
+    # inside at the foot of each bar, where neither the line nor an error bar can strike them through
+    for bar, count in zip(drawn, rows, strict=True):
+        centre = bar.get_x() + bar.get_width() / 2
+        axis.annotate(
+            f"n={count}", (centre, 0), (0, 3), textcoords="offset points", ha="center", fontsize=8, color="w"
+        )
+    axis.set(ylabel="SMAPE, %")
+    axis.margins(y=0.15)  # room for the legend
+    axis.tick_params(axis="x", rotation=30)
+    axis.legend(frameon=False, fontsize=8)
 
 
 class figure_at:

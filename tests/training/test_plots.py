@@ -1,0 +1,50 @@
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from training.plots import draw_error_bars, figure_at, plot_error_by_price, plot_training_curves
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that a test saves."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    return figures
+
+
+def test_curves_run_over_epochs_and_seconds_are_no_curve(tmp_path, drawn):
+    metrics = [{"step": step, "train/loss": 1 / step} for step in range(5, 25, 5)]
+    metrics += [
+        {"step": step, "epoch": step // 10, "stop/loss": 2 / step, "seconds": 7.0} for step in (10, 20)
+    ]
+    plot_training_curves(tmp_path / "curves.png", metrics, title="run")
+    (axis,) = drawn[0].axes
+    assert axis.get_xlabel() == "epoch" and axis.get_title() == "loss"
+    at = {line.get_label(): line.get_xdata().tolist() for line in axis.get_lines()}
+    assert at == {"train/loss": [0.5, 1.0, 1.5, 2.0], "stop/loss": [1.0, 2.0]}
+
+
+def test_without_epochs_steps_are_drawn(tmp_path, drawn):
+    plot_training_curves(tmp_path / "curves.png", [{"step": 3, "lr": 0.1}], title="run")
+    assert drawn[0].axes[0].get_xlabel() == "step"
+
+
+def test_error_by_price_labels_dollars_and_rows(tmp_path, drawn):
+    price = np.array([2.0, 3.0, 12.0, 14.0, 300.0])
+    plot_error_by_price(tmp_path / "error.png", price, price * 1.2, title="run")
+    scatter, bars = drawn[0].axes
+    assert scatter.xaxis.get_major_formatter()(10, 0) == "$10"
+    assert [text.get_text() for text in bars.texts] == ["n=2", "n=2", "n=1"]
+    assert bars.get_legend().get_texts()[0].get_text() == "all rows: 18.2"
+
+
+def test_a_bar_has_its_standard_error(tmp_path):
+    index = ["a", "b"]
+    with figure_at(tmp_path / "bars.png", columns=1, width=3, height=3) as (_, (axis,)):
+        smape, error, rows = (pd.Series(values, index) for values in ([50.0, 60.0], [5.0, np.nan], [9, 1]))
+        draw_error_bars(axis, smape, error, rows, overall=52.0)
+        (caps,) = axis.collections
+        assert [segment[:, 1].tolist() for segment in caps.get_segments()] == [[45.0, 55.0], [60.0, 60.0]]

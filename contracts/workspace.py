@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from contracts.catalog import read_table
+from contracts.catalog import FEATURE, read_table
 from contracts.errors import InputError
 from contracts.files import read_json
 from contracts.splits import read_folds
@@ -112,9 +112,15 @@ class Workspace:
         if not path.is_file():
             raise InputError(f"{path}: no prepared table; run python -m data.prepare --workspace {self.root}")
         table = read_table(path)
-        for column in table.columns.intersection(_PREPARED_NUMBERS):
+        for column in table.columns.intersection([*_PREPARED_NUMBERS, *self.number_features()]):
             table[column] = pd.to_numeric(table[column].mask(table[column] == "")).astype("float64")
         return table
+
+    def number_features(self) -> list[str]:
+        """Columns of the prepared tables that hold further facts which are numbers."""
+        path = self.path("catalog")
+        features = read_json(path).get("features", {}) if path.is_file() else {}
+        return [FEATURE + name for name, kind in features.items() if kind == "number"]
 
     def training_table(self) -> pd.DataFrame:
         """The prepared training rows with their folds: the columns of `prepared` and `fold` (int, 0 to 9).

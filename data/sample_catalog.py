@@ -138,7 +138,7 @@ def best_possible_smape(sigma: float) -> float:
 
 PACKS = (1, 1, 1, 1, 1, 1, 2, 2, 3, 4, 6, 12)
 """Items per order; a product draws one of these, so half of the products are single items."""
-UNITS = {  # how many of each unit make one ounce, fluid ounce or piece
+UNITS: dict[str, dict[str, float]] = {  # how many of each unit make one ounce, fluid ounce or piece
     "weight": {"Ounce": 1, "ounce": 1, "oz": 1, "OZ": 1, "lb": 1 / 16, "Pound": 1 / 16, "gram": 28.349523},
     "volume": {"Fl Oz": 1, "fl oz": 1, "Fluid Ounce": 1, "Fl. Oz": 1, "ml": 29.573530},
     "count": {"Count": 1, "count": 1, "ct": 1},
@@ -185,13 +185,13 @@ def write_text(product, rng: np.random.Generator) -> str:
 
     name = rng.choice(NAMES)
     name += rng.choice(PACKED) if product.pack > 1 else "{size}"
-    bullets = rng.permutation(BULLETS)
+    bullets = list(rng.permutation(BULLETS))
     bullets = bullets[: rng.choice(BULLET_COUNTS, p=BULLET_CHANCES)]
     states_nothing = rng.random() < NOTHING_STATED_CHANCE
     has_story = rng.random() < STORY_CHANCE
     if product.named_na:  # the bullet points still tell what it is
         name = "NA"
-        bullets = BULLETS
+        bullets = list(BULLETS)
 
     lines = [f"Item Name: {name}"]
     lines += [f"Bullet Point {number}: {text}" for number, text in enumerate(bullets, start=1)]

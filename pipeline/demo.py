@@ -1,4 +1,4 @@
-"""The whole system on a generated catalogue whose best possible score is known: `make demo`.
+"""Run the whole system on a generated catalogue whose best possible score is known: `make demo`.
 
 python -m pipeline.demo --workspace demo
 """
@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from contracts.errors import run_entry_point
+from contracts.workspace import CLIP_IMAGE, QWEN_TEXT, SIGLIP_IMAGE, SIGLIP_TEXT, Workspace
+from data import sample_catalog
 from pipeline.report import write_report
-from pipeline.run import PipelineSettings, commands, run_stages
+from pipeline.run import run_stages
 from pipeline.scores import write_scores
+from pipeline.stages import PipelineSettings, Stage, pipeline_stages
 from training.settings import parse_settings
+
+PRESET: Literal["tiny"] = "tiny"
 
 
 @dataclass
@@ -25,33 +31,36 @@ class DemoSettings:
     """Products to price."""
 
 
-def single_modality(workspace: Path, name: str, *use: str) -> list[list[str]]:
-    """The fusion with some embeddings treated as missing everywhere, to see what each side is worth."""
+def single_modality(workspace: Workspace, name: str, *use: str) -> list[Stage]:
+    """The stages of a fusion that sees some embeddings only, which shows what pictures and texts are worth alone."""
     run = f"fusion_{name}_only"
-    out = workspace / "predictions" / f"{run}.csv"
+    # a submission of its own, so that the one of all embeddings stays in test_out.csv
+    submission = workspace.path("predictions", name=run, split="test").with_name(f"{run}.csv")
     return [
-        ["fusion.all_embeddings.train", "--preset", "tiny", "--run", run, "--use", *use],
-        ["fusion.all_embeddings.predict_test", "--run", run, "--out", str(out)],
+        Stage("fusion.all_embeddings.train", ("--preset", PRESET, "--run", run, "--use", *use)),
+        Stage("fusion.all_embeddings.predict_test", ("--run", run, "--out", str(submission))),
     ]
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(DemoSettings, argv, description=__doc__.split("\n")[0])
-    workspace = settings.workspace
-    catalogue = workspace / "catalogue"
+    workspace = Workspace(settings.workspace)
+    catalogue = settings.workspace / "catalogue"
     rows = ["--train-rows", str(settings.train_rows), "--test-rows", str(settings.test_rows)]
-    from data import sample_catalog
-
     sample_catalog.main(["--out", str(catalogue), *rows])
-    stages = commands(PipelineSettings(data=str(catalogue), preset="tiny"))
-    stages += single_modality(workspace, "image", "clip_image", "siglip_image")
-    stages += single_modality(workspace, "text", "qwen_text", "siglip_text")
-    run_stages(stages, workspace)
+
+    stages = pipeline_stages(PipelineSettings(data=catalogue, preset=PRESET))
+    stages += single_modality(workspace, "image", CLIP_IMAGE, SIGLIP_IMAGE)
+    stages += single_modality(workspace, "text", QWEN_TEXT, SIGLIP_TEXT)
+    run_stages(stages, workspace.root)
+
     print(
-        "\nEncoders here are tiny and start from random weights; this shows the machinery, not the models.\n"
+        "\nThe encoders here are tiny and start from random weights: the demo shows that the stages work together,"
     )
-    print(write_scores(workspace, catalogue))
-    print(f"\nreport      {write_report(workspace)}\nsubmission  {workspace / 'test_out.csv'}")
+    print("and not what the published encoders can do.\n")
+    print(write_scores(workspace.root, catalogue))
+    print(f"\nreport      {write_report(workspace.root)}")
+    print(f"submission  {workspace.path('submission')}")
 
 
 if __name__ == "__main__":

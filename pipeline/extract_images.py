@@ -1,6 +1,7 @@
 """Both image encoders in one pass: every picture is read and decoded once.
 
     python -m pipeline.extract_images train                  # clip_image_train.pkl and siglip_image_train.pkl
+    python -m pipeline.extract_images new                    # any table that data.prepare has made
     python -m pipeline.extract_images test --preset tiny
     torchrun --nproc_per_node=4 -m pipeline.extract_images train
 
@@ -22,15 +23,14 @@ from PIL import Image
 
 import clip_finetune.extract_embeddings as clip_stage
 import siglip_extract.extract_embeddings as siglip_stage
-from clip_finetune.config import ClipSettings
 from clip_finetune.config import ExtractSettings as ClipExtractSettings
+from clip_finetune.encoder import Encoder as ClipEncoder
 from contracts.errors import run_entry_point
-from contracts.workspace import REPOSITORY, SPLITS, Workspace
+from contracts.workspace import REPOSITORY, Workspace
 from siglip_extract.config import Settings as SiglipSettings
-from training.device import build_accelerator, choose_device, choose_dtype, guard_torchvision
-from training.extraction import Encoder, ShardedExtraction, embed_shards
+from training.device import build_accelerator, choose_device, guard_torchvision
+from training.extraction import BatchEncoder, ShardedExtraction, embed_shards, file_meta
 from training.pictures import PictureRows
-from training.run_folder import RunFolder
 from training.settings import parse_settings
 
 if TYPE_CHECKING:
@@ -74,10 +74,6 @@ class ExtractImagesSettings:
 
     def __post_init__(self) -> None:
         self.workspace = Path(self.workspace)
-
-    def of_clip(self) -> ClipExtractSettings:
-        names = ("workspace", "run", "batch_size", "shard_rows", "precision", "device", "workers")
-        return ClipExtractSettings(**{name: getattr(self, name) for name in names})
 
     def of_siglip(self) -> SiglipSettings:
         names = (
@@ -124,7 +120,7 @@ class BothInputs:
 class Job:
     """One encoder, the file that it fills, and the shards that this process has to write into it."""
 
-    encoder: Encoder
+    encoder: BatchEncoder
     file: ShardedExtraction
     storage: str
     pending: list[slice]
@@ -132,7 +128,7 @@ class Job:
     @classmethod
     def start(
         cls,
-        encoder: Encoder,
+        encoder: BatchEncoder,
         meta: dict[str, Any],
         table: pd.DataFrame,
         storage: str,
@@ -154,23 +150,21 @@ def extract(settings: ExtractImagesSettings, split: str, accelerator: Accelerato
         InputError: no finished CLIP run, or no SigLIP checkpoint.
     """
     workspace = Workspace(settings.workspace)
-    run = RunFolder.finished(workspace.path("run", name=settings.run), "clip_finetune")
     table = workspace.prepared(split)
-    device = accelerator.device
-    clip = clip_stage.ImageEncoder(run, accelerator)
-    with accelerator.main_process_first():  # one process downloads the checkpoint
-        tower = siglip_stage.load_tower("image", settings.of_siglip())
-    tower.to(device, choose_dtype(settings.precision, device))
-
-    both = BothInputs(clip.model, tower)
-    pictures = PictureRows(table["image"], workspace.images_folder(), both, min_side=both.min_side)
-    clip_meta = clip_stage.embedding_meta(
-        settings.of_clip(), split, run, run.settings(ClipSettings), pictures
+    clip = ClipEncoder.open(
+        workspace.path("run", name=settings.run), device=settings.device, precision=settings.precision
     )
-    siglip_meta = siglip_stage.embedding_meta("image", split, tower, pictures, settings.of_siglip())
+    with accelerator.main_process_first():  # one process downloads the checkpoint
+        siglip = siglip_stage.open_encoder("image", settings.of_siglip())
+
+    both = BothInputs(clip.model, siglip.tower)
+    pictures = PictureRows(table["image"], workspace.images_folder(), both, min_side=both.min_side)
+    inputs = pictures.identity()
+    clip_meta = file_meta(clip.meta, workspace, split, inputs)
+    siglip_meta = file_meta(siglip.meta, workspace, split, inputs)
     jobs = [
         Job.start(clip, clip_meta, table, "float32", settings),
-        Job.start(tower, siglip_meta, table, settings.storage, settings),
+        Job.start(siglip, siglip_meta, table, siglip.storage, settings),
     ]
 
     # both files have the same shards, but an interruption may have left one file behind the other
@@ -181,7 +175,7 @@ def extract(settings: ExtractImagesSettings, split: str, accelerator: Accelerato
         [job.encoder for job in jobs],
         batch_size=settings.batch_size,
         workers=settings.workers,
-        device=device,
+        device=clip.device,
         description=f"images {split}",
         quiet=not accelerator.is_main_process,
     )
@@ -199,7 +193,7 @@ def extract(settings: ExtractImagesSettings, split: str, accelerator: Accelerato
 def main(argv: list[str] | None = None) -> None:
     settings, split = parse_settings(
         ExtractImagesSettings, argv, description=__doc__.split("\n")[0], presets=PRESETS,
-        positional={"split": SPLITS},
+        positional={"table": None},
     )  # fmt: skip
     guard_torchvision()
     # torch's own limits on waiting, 10 and 30 minutes, are shorter than a large download

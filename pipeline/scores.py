@@ -1,9 +1,9 @@
-"""The score table of a workspace: every model beside the constant, on rows that none of them was fitted on.
+"""Score every model of a workspace, beside the best constant, on rows that the model was not fitted on.
 
     python -m pipeline.scores --workspace OUT
 
 Each prediction file says what its model was fitted on. A model is scored on the rows that are new to it, whatever its
-hold-out, and a file without such rows is not scored (`--allow-leak` prints its number in a column called leaked).
+hold-out. A file without such rows is not scored, unless `--allow-leak` asks for its number in a column called leaked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LABELS = {
     "fusion_qwen_clip": "fusion, two embeddings",
     "fusion_all_embeddings": "fusion, all embeddings",
 }
-"""What well-known prediction files are called in the table, in its order; the others follow under their own names."""
+"""Labels of well-known prediction files, in the order of the table; other files follow under their own names."""
 
 
 @dataclass
@@ -39,31 +39,33 @@ class ScoreSettings:
     workspace: Path = REPOSITORY
     """Folder with data/ and predictions/."""
     allow_leak: bool = False
-    """Also print the error on rows that a model was fitted on, in a column of its own called leaked."""
+    """Also score models that have no new rows, on the rows they were fitted on, in a column called leaked SMAPE."""
 
 
 def score_table(
     workspace: Workspace, test_truth: pd.Series | None = None, *, allow_leak: bool = False
 ) -> pd.DataFrame:
-    """One line per model: SMAPE on the training rows that are new to it, and on test rows where their price is known.
+    """One line per model: its SMAPE on the training rows that are new to it, and on the test rows of known price.
 
     Args:
-        test_truth: true price by sample_id of test.csv; only a generated catalogue has it.
-        allow_leak: give models without any new row a line too, with a leaked score.
+        test_truth: true price by sample_id of test.csv, which only a generated catalogue has.
+        allow_leak: also give a line, with a leaked score, to models that no row is new to.
     """
     train = workspace.training_table().set_index("sample_id")
     lines = []
     for name in sorted(prediction_names(workspace), key=_place_in_table):
         try:
             predictions = read_predictions(workspace, name, "train")
-            scored = predictions.unseen
-            if not scored.any() and not allow_leak:
-                predictions.require_unseen()
+            rows = predictions.unseen
+            column = "validation SMAPE"
+            if not rows.any():
+                if not allow_leak:
+                    predictions.require_unseen()  # raises with the reason
+                rows = np.ones(len(rows), bool)
+                column = "leaked SMAPE"
         except InputError as reason:
             print(f"not scored: {reason}")
             continue
-        column = "validation SMAPE" if scored.any() else "leaked SMAPE"
-        rows = scored if scored.any() else np.ones(len(scored), bool)
         line = {"model": LABELS.get(name, name), **_score(train, predictions, rows, column)}
         if test_truth is not None:
             line["test SMAPE"] = _test_score(workspace, name, test_truth)
@@ -75,10 +77,12 @@ def score_table(
 
 def _place_in_table(name: str) -> tuple[int, str]:
     known = list(LABELS)
-    return (known.index(name) if name in known else len(known), name)
+    place = known.index(name) if name in known else len(known)
+    return place, name
 
 
 def _score(train: pd.DataFrame, predictions: Predictions, rows: np.ndarray, column: str) -> dict:
+    """Folds, number, SMAPE (under the name `column`) and standard error of `rows`, (N,) bool."""
     price = train.loc[predictions.sample_ids[rows], "price"].to_numpy()
     score, error = smape_with_error(price, predictions.price[rows])
     folds = sorted(set(predictions.fold[rows].tolist()))
@@ -99,11 +103,15 @@ def _test_score(workspace: Workspace, name: str, truth: pd.Series) -> float:
 
 
 def _constants(train: pd.DataFrame, lines: list[dict], test_truth: pd.Series | None) -> list[dict]:
-    """The best constant beside each set of folds that a model is scored on; of an empty table, on hold-out 0."""
-    first = _written(list(roles(0).validate))
-    of_models = {line["folds"] for line in lines if "validation SMAPE" in line}
+    """A line of the best constant for each set of folds that a model is scored on; without a model, for hold-out 0.
+
+    Like a model, the constant that prices the rows of a hold-out is fitted on that hold-out's fit folds.
+    """
+    scored_folds = {line["folds"] for line in lines if "validation SMAPE" in line}
+    if not scored_folds:
+        scored_folds = {_written(list(roles(0).validate))}
     constants = []
-    for folds in sorted(of_models or {first}):
+    for folds in sorted(scored_folds):
         scored = train[train["fold"].isin([int(fold) for fold in folds.split()])]
         predicted = pd.Series(np.nan, scored.index)
         for holdout in range(N_HOLDOUTS):
@@ -124,9 +132,11 @@ def write_scores(root: Path, sample: Path | None = None, *, allow_leak: bool = F
     """Write scores.csv into the workspace and return the table as text.
 
     Args:
-        sample: folder of a generated catalogue; adds the test scores and the best possible one.
+        sample: folder of a generated catalogue, whose truth adds the scores on test.csv and the best possible one.
+        allow_leak: as in `score_table`.
     """
-    truth = law = None
+    truth = None
+    law = None
     if sample is not None:
         known = read_table(sample / "test_truth.csv")
         truth = pd.Series(known["price"].astype(float).to_numpy(), index=known["sample_id"])

@@ -11,12 +11,14 @@ from PIL import Image
 
 from clip_finetune import extract_embeddings as clip_stage
 from clip_finetune import train
+from clip_finetune.encoder import Encoder as ClipEncoder
 from contracts.embeddings import read_embeddings
 from contracts.files import read_json, sidecar_of, write_json
 from contracts.workspace import CLIP_IMAGE, SIGLIP_IMAGE, Workspace
 from pipeline import extract_images
 from siglip_extract import extract_embeddings as siglip_stage
 from siglip_extract.config import Settings as SiglipSettings
+from siglip_extract.encoder import Encoder as SiglipEncoder
 from training.device import guard_torchvision
 from training.extraction import ShardedExtraction
 from training.pictures import open_picture
@@ -96,6 +98,22 @@ def test_one_pass_equals_two(separate, fresh, flags):
         pd.testing.assert_frame_equal(pd.read_csv(path, keep_default_na=False), other, rtol=1e-4)
 
 
+def test_a_further_table_equals_what_the_encoders_give(separate, fresh):
+    """Both encoders are opened again from what the files of train say."""
+    table = fresh.prepared("train").iloc[30::-1].drop(columns="price")
+    table.to_csv(fresh.path("prepared", split="new"), index=False)
+    command = ["new", "--preset", "tiny", "--workspace", str(fresh.root), "--storage", "float32", *FLAGS]
+    extract_images.main(command)
+    metas = [content.meta for content in files(separate)]
+    clip = ClipEncoder.open(fresh.path("run", name=metas[0]["run"]), device="cpu")
+    siglip = SiglipEncoder.open(**{**metas[1]["run"], "storage": "float32"}, device="cpu")
+    for encoder, name in ((clip, CLIP_IMAGE), (siglip, SIGLIP_IMAGE)):
+        content = read_embeddings(fresh.path("embeddings", name=name, split="new"))
+        encoded = encoder.encode(fresh.prepared("new"), fresh.images_folder())
+        assert np.array_equal(encoded.valid, content.valid) and content.valid.any()
+        np.testing.assert_allclose(encoded.embeddings, content.embeddings, atol=1e-5)
+
+
 def test_every_picture_is_opened_once(fresh, monkeypatch):
     opened, open_file = [], Image.open
 
@@ -127,8 +145,8 @@ def test_interrupted_pass_goes_on_with_the_missing_shards(separate, fresh, monke
 def test_inputs_can_be_sent_to_a_worker(separate):
     """Where workers are not forked, as on macOS, they get what makes the inputs pickled."""
     clip = load_model(separate.path("run", name="clip_finetune"))
-    tower = siglip_stage.load_tower("image", SiglipSettings(image_model="tiny", random_weights=True))
-    both = extract_images.BothInputs(clip, tower)
+    settings = SiglipSettings(image_model="tiny", random_weights=True, device="cpu")
+    both = extract_images.BothInputs(clip, siglip_stage.open_encoder("image", settings).tower)
     picture = Image.effect_noise((90, 70), 50).convert("RGB")
     for there, here in zip(pickle.loads(pickle.dumps(both))(picture), both(picture), strict=True):
         assert torch.equal(there, here)

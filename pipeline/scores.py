@@ -85,6 +85,7 @@ def _score(train: pd.DataFrame, predictions: Predictions, rows: np.ndarray, colu
     """Folds, number, SMAPE (under the name `column`) and standard error of `rows`, (N,) bool."""
     price = train.loc[predictions.sample_ids[rows], "price"].to_numpy()
     score, error = smape_with_error(price, predictions.price[rows])
+    assert predictions.fold is not None, "the training table has folds"
     folds = sorted(set(predictions.fold[rows].tolist()))
     return {"folds": _written(folds), "rows": len(price), column: round(score, 2), "±": round(error, 2)}
 

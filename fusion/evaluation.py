@@ -10,14 +10,15 @@ import pandas as pd
 from contracts.files import atomic_write, write_json
 from contracts.smape import price_bin, smape_by_group, smape_with_error
 from fusion.dataset import FusionTable
-from training.plots import plot_error_by_price
+from training.plots import figure_at, plot_error_by_price
 
 
 def modalities_present(table: FusionTable) -> np.ndarray:
     """Per row "text + image", "text only", "image only" or "nothing", (N,) str."""
     valid = table.valid.cpu().numpy()
     is_image = np.array([name.endswith("image") for name in table.widths])
-    image, text = valid[:, is_image].any(axis=1), valid[:, ~is_image].any(axis=1)
+    image = valid[:, is_image].any(axis=1)
+    text = valid[:, ~is_image].any(axis=1)
     return np.select([text & image, text, image], ["text + image", "text only", "image only"], "nothing")
 
 
@@ -48,10 +49,10 @@ def write_scores(
     price = table.rows["price"].to_numpy()[rows]
     score, error = smape_with_error(price, predicted)
     summary = {f"{name}_smape": round(score, 3), "standard_error": round(error, 3), "rows": len(rows)}
-    groups = score_by_groups(table, rows, predicted)
+    groups = score_by_groups(table, rows, predicted).round(4)
     with atomic_write(folder / "by_group.csv") as file:
-        groups.round(4).to_csv(file, index=False)
-    write_json(folder / "scores.json", {**summary, "by_group": groups.round(4).to_dict("records")})
+        groups.to_csv(file, index=False)
+    write_json(folder / "scores.json", {**summary, "by_group": groups.to_dict("records")})
     plot_error_by_price(
         folder / "error_by_price.png", price, predicted, title=f"{folder.name}: {name} SMAPE {score:.2f}"
     )
@@ -60,8 +61,6 @@ def write_scores(
 
 
 def _plot_groups(path: Path, groups: pd.DataFrame) -> None:
-    from training.plots import figure_at
-
     tables = [(name, part) for name, part in groups.groupby("grouping", sort=False) if name != "all"]
     with figure_at(path, columns=len(tables), width=4.2, height=3.4) as (_, axes):
         for axis, (name, part) in zip(axes, tables, strict=True):

@@ -1,8 +1,9 @@
 """What a finished fusion model looks at: over all validation rows, and for one product.
 
-Over rows, permutation importance (Breiman 2001, "Random forests", section 10; Fisher et al. 2019): how much worse the
-SMAPE becomes when an embedding is dealt out among the products at random. For one product, exact Shapley values of its
-modalities: how each of them moves the price from what the model says about nothing.
+Over all rows there is permutation importance (Breiman 2001, "Random forests", section 10; Fisher et al.
+2019): how much worse the SMAPE becomes when an embedding is dealt out among the products at random. For one
+product there are exact Shapley values of its modalities: how each of them moves the price from what the model
+says about nothing.
 
 Legend: n explained rows, M modalities, D_in encoder width.
 """
@@ -25,13 +26,14 @@ from tqdm import tqdm
 from contracts.errors import InputError
 from contracts.files import atomic_write
 from contracts.smape import smape
-from contracts.workspace import STRUCTURAL_FEATURES, Workspace
+from contracts.workspace import STRUCTURAL_FEATURES
 from fusion.dataset import FusionTable
 from fusion.experiment import TrainedModel, validation_rows
 from fusion.loop import predict
 from training.plots import figure_at
 
-UP, DOWN = "#c0504d", "#4f81bd"
+UP = "#c0504d"
+DOWN = "#4f81bd"
 
 
 def take_rows(table: FusionTable, rows: Tensor) -> FusionTable:
@@ -51,11 +53,12 @@ def ln_price(trained: TrainedModel, table: FusionTable) -> np.ndarray:
 
 
 def importance_groups(table: FusionTable) -> dict[str, tuple[str, ...]]:
-    """What is dealt out together: each embedding that was read, and the two of a kind.
+    """What is dealt out together: each embedding that was read, and all of a kind.
 
-    Two embeddings of one picture stand in for each other, so each alone seems to matter less than the picture does.
+    Two embeddings of one picture stand in for each other, so each alone seems to matter less than the picture
+    does.
     """
-    groups = {name: (name,) for name in table.meta}
+    groups: dict[str, tuple[str, ...]] = {name: (name,) for name in table.meta}
     for kind in ("image", "text"):
         names = tuple(name for name in table.meta if name.endswith(kind))
         if len(names) > 1:
@@ -65,12 +68,14 @@ def importance_groups(table: FusionTable) -> dict[str, tuple[str, ...]]:
 
 def permuted(table: FusionTable, names: tuple[str, ...], order: Tensor) -> FusionTable:
     """Row i gets the embeddings `names` of row order[i], and with them whether they are there."""
-    order, valid = order.to(table.valid.device), table.valid.clone()
+    order = order.to(table.valid.device)
+    embeddings = table.embeddings
+    valid = table.valid.clone()
     for name in names:
+        embeddings[name] = embeddings[name].index_select(0, order)
         column = list(table.widths).index(name)
         valid[:, column] = table.valid[order, column]
-    moved = {name: table.embeddings[name].index_select(0, order) for name in names}
-    return FusionTable.of(table.rows, table.embeddings | moved, valid, table.meta)
+    return FusionTable.of(table.rows, embeddings, valid, table.meta)
 
 
 def permuted_columns(table: FusionTable, name: str, count: int, generator: torch.Generator) -> FusionTable:
@@ -89,31 +94,40 @@ def permutation_importance(
     """SMAPE increase of each group of inputs when it is permuted, most important first.
 
     Returns:
-        DataFrame group, smape_increase (mean over the repeats, in SMAPE points), spread (their standard deviation).
+        DataFrame group, smape_increase (mean over the repeats, in SMAPE points), spread (their standard
+        deviation).
     """
     price = table.rows["price"].to_numpy()
     generator = torch.Generator().manual_seed(seed)
-
-    def increase(changed: FusionTable) -> float:
-        return smape(price, np.exp(ln_price(trained, changed))) - unchanged
-
-    unchanged = smape(price, np.exp(ln_price(trained, table)))
+    n_amounts = len(STRUCTURAL_FEATURES)
     groups = importance_groups(table)
-    amounts = {
-        f"amounts in {name}": name for name, meta in table.meta.items()
-        if tuple(meta.get("last_columns", ())[-len(STRUCTURAL_FEATURES) :]) == STRUCTURAL_FEATURES
-    }  # fmt: skip
-    found: dict[str, list[float]] = {group: [] for group in (*groups, *amounts)}
+    amounts: dict[
+        str, str
+    ] = {}  # the group, and the embedding whose last columns are the structural features
+    for name, meta in table.meta.items():
+        last_columns = meta.get("last_columns", ())[-n_amounts:]
+        if tuple(last_columns) == STRUCTURAL_FEATURES:
+            amounts[f"amounts in {name}"] = name
+
+    def smape_of(changed: FusionTable) -> float:
+        return smape(price, np.exp(ln_price(trained, changed)))
+
+    unchanged = smape_of(table)
+    increases: dict[str, list[float]] = {group: [] for group in (*groups, *amounts)}
     for _ in tqdm(range(repeats), desc="permutation importance", unit=" repeats", leave=False):
         order = torch.randperm(len(price), generator=generator)
         for group, names in groups.items():
-            found[group].append(increase(permuted(table, names, order)))
+            increases[group].append(smape_of(permuted(table, names, order)) - unchanged)
         for group, name in amounts.items():
-            found[group].append(increase(permuted_columns(table, name, len(STRUCTURAL_FEATURES), generator)))
+            changed = permuted_columns(table, name, n_amounts, generator)
+            increases[group].append(smape_of(changed) - unchanged)
     result = pd.DataFrame(
-        {"group": list(found), "smape_increase": [np.mean(values) for values in found.values()],
-         "spread": [np.std(values, ddof=1) if repeats > 1 else np.nan for values in found.values()]}
-    )  # fmt: skip
+        {
+            "group": list(increases),
+            "smape_increase": [np.mean(values) for values in increases.values()],
+            "spread": [np.std(values, ddof=1) if repeats > 1 else np.nan for values in increases.values()],
+        }
+    )
     return result.sort_values("smape_increase", ascending=False, ignore_index=True)
 
 
@@ -125,38 +139,48 @@ def shapley_values(trained: TrainedModel, table: FusionTable) -> tuple[np.ndarra
 
         φ_i = Σ_{S ⊆ M∖{i}} |S|! (M − |S| − 1)! / M! · (v(S ∪ {i}) − v(S))
 
-    where v(S) is ln price with all modalities outside S masked: 2^M forward passes. Shapley 1953, "A value for
-    n-person games"; as an explanation of a model: Lundberg & Lee 2017, equation 4. Masking is what modality dropout
-    trained the model for, except that it never saw a row without any modality: v(∅) is what it says of nothing.
+    where v(S) is ln price with all modalities outside S masked, which takes 2^M forward passes. Shapley 1953,
+    "A value for n-person games"; as an explanation of a model: Lundberg & Lee 2017, equation 4. Masking is
+    what modality dropout trained the model for, except that it never saw a row without any modality: v(∅) is
+    what it says of nothing.
 
     Returns:
-        values (n, M), zero for a modality that the row lacks, and v(∅) (n,). values.sum(1) + v(∅) is ln price.
+        values (n, M), zero for a modality that the row lacks, and v(∅) (n,). values.sum(1) + v(∅) is ln
+        price.
     """
     players = len(table.widths)
-    subsets = [subset for size in range(players + 1) for subset in combinations(range(players), size)]
-    outcome = {}
+    subsets: list[tuple[int, ...]] = []
+    for size in range(players + 1):
+        subsets += combinations(range(players), size)
+
+    outcome: dict[tuple[int, ...], np.ndarray] = {}  # v of each subset
     for subset in tqdm(subsets, desc="Shapley values", unit=" passes", leave=False):
         kept = torch.zeros(players, dtype=torch.bool, device=table.valid.device)
         kept[list(subset)] = True
         outcome[subset] = ln_price(trained, replace(table, valid=table.valid & kept))
+
     values = np.zeros((len(table.rows), players))
     for player in range(players):
         for subset in subsets:
-            if player not in subset:
-                joined = tuple(sorted((*subset, player)))
-                weight = 1 / (players * comb(players - 1, len(subset)))
-                values[:, player] += weight * (outcome[joined] - outcome[subset])
+            if player in subset:
+                continue
+            joined = tuple(sorted((*subset, player)))
+            # |S|! (M − |S| − 1)! / M! = 1 / (M · (M − 1 choose |S|))
+            weight = 1 / (players * comb(players - 1, len(subset)))
+            values[:, player] += weight * (outcome[joined] - outcome[subset])
     return values, outcome[()]
 
 
 def choose_products(table: FusionTable, ids: tuple[str, ...], count: int, predicted: np.ndarray) -> Tensor:
-    """Positions of the named rows, or of `count` rows spread evenly from the cheapest to the dearest prediction.
+    """Positions of the named rows, or of `count` rows spread evenly from low to high prediction.
 
     Raises InputError for an id that is not in the table.
     """
     if not ids:
+        # the middle row of each of `count` equal parts
         at = (np.arange(count) + 0.5) / max(count, 1) * len(predicted)
-        return torch.from_numpy(np.unique(np.argsort(predicted, kind="stable")[at.astype(int)]))
+        cheapest_first = np.argsort(predicted, kind="stable")
+        return torch.from_numpy(np.unique(cheapest_first[at.astype(int)]))
     position = {sample_id: row for row, sample_id in enumerate(table.rows["sample_id"])}
     if unknown := [sample_id for sample_id in ids if sample_id not in position]:
         raise InputError(f"--ids {', '.join(unknown)}: not among the run's {len(position)} validation rows")
@@ -168,8 +192,6 @@ def choose_products(table: FusionTable, ids: tuple[str, ...], count: int, predic
 
 def explain(
     trained: TrainedModel,
-    workspace: Workspace,
-    modalities: tuple[str, ...],
     *,
     ids: tuple[str, ...],
     products: int,
@@ -178,18 +200,20 @@ def explain(
 ) -> pd.DataFrame:
     """Write the summary of a finished run and a plot per product into its folder; returns the summary.
 
-    In explanation/: importance.csv, importance.png, products.csv (one row a product), products/<sample_id>.png.
+    explanation/ gets importance.csv, importance.png, products.csv (one row per product) and
+    products/<sample_id>.png.
     """
-    table, rows, name = validation_rows(trained, workspace, modalities)
+    table, rows, name = validation_rows(trained)
     table = take_rows(table, rows)
     predicted = ln_price(trained, table)
     chosen = take_rows(table, choose_products(table, ids, products, predicted))
     if trained.settings.modality_dropout == 0:
         print("trained without --modality-dropout: what the model makes of a masked modality is a guess")
-    folder, price = trained.folder / "explanation", table.rows["price"].to_numpy()
+    folder = trained.folder / "explanation"
+    price = table.rows["price"].to_numpy()
     importance = permutation_importance(trained, table, repeats=repeats, seed=seed)
     write_csv(folder / "importance.csv", importance.assign(rows=len(table.rows), score=name))
-    title = f"{trained.folder.name}: {name} SMAPE {smape(price, np.exp(predicted)):.2f} on {len(price)} rows"
+    title = f"{trained.run}: {name} SMAPE {smape(price, np.exp(predicted)):.2f} on {len(price)} rows"
     plot_importance(folder / "importance.png", importance, title=title)
     print(importance.round(3).to_string(index=False))
 
@@ -226,19 +250,23 @@ def plot_importance(path: Path, importance: pd.DataFrame, *, title: str) -> None
 
 def plot_product(path: Path, table: FusionTable, row: int, values: np.ndarray, nothing: float) -> None:
     """A waterfall in dollars on a log axis: each modality multiplies the price, the largest factor first."""
-    product, modalities = table.rows.iloc[row], list(table.widths)
+    product = table.rows.iloc[row]
+    modalities = list(table.widths)
+    is_there = table.valid[row].tolist()
     # a missing modality moves nothing: it stands behind those that do
-    order = sorted(range(len(modalities)), key=lambda m: (not table.valid[row, m], -abs(values[m])))
-    names = [modalities[m] + ("" if table.valid[row, m] else " (missing)") for m in order]
+    order = sorted(range(len(modalities)), key=lambda m: (not is_there[m], -abs(values[m])))
+    names = [modalities[m] if is_there[m] else f"{modalities[m]} (missing)" for m in order]
     labels = ["nothing known", *names, "predicted price"]
-    steps = np.exp(nothing + np.concatenate([[0], np.cumsum(values[order])]))
+    ln_steps = nothing + np.concatenate([[0], np.cumsum(values[order])])
+    steps = np.exp(ln_steps)  # the price before the first modality and after each
     with figure_at(path, columns=1, width=7.5, height=1.5 + 0.4 * len(labels)) as (figure, (axis,)):
         figure.suptitle(plain_text(f"{product['sample_id']}: {product['entity_name']}", 80), fontsize=10)
         for line, modality in enumerate(order, start=1):
-            before, after = steps[line - 1 : line + 1]
+            before = steps[line - 1]
+            after = steps[line]
             axis.barh(line, after - before, left=before, color=UP if after > before else DOWN)
             axis.plot([after, after], [line, line + 1], color="grey", linewidth=0.8)
-            if table.valid[row, modality]:
+            if is_there[modality]:
                 axis.text(
                     max(before, after), line, f"  ×{np.exp(values[modality]):.2f}", va="center", fontsize=9
                 )

@@ -1,20 +1,22 @@
 """A price model with int8 weights, for pricing single rows on a CPU.
 
-One row is bound by reading the weights; int8 reads a quarter of the bytes. Weights are quantised once, activations
-as they come (torch's dynamic quantisation), so no calibration data is needed. All rows of a batch share one scale
-of the activations: a price depends a little on its neighbours, unlike in float.
+To price one row takes as long as to read the weights, and int8 weights have a quarter of the bytes. Weights
+are quantised once and activations as they come (torch's dynamic quantisation), so no calibration data is
+needed. The output layers stay in float32. All rows of a batch share one scale of the activations, so that a
+price would depend a little on its neighbours: price row by row.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.blocks import EmbeddingBranch, MixtureOfExperts, zero_missing
+from fusion.blocks import EmbeddingBranch, MixtureOfExperts, OutputLinear, zero_missing
 
 
 class FoldedBranch(nn.Module):
@@ -23,7 +25,8 @@ class FoldedBranch(nn.Module):
     def __init__(self, branch: EmbeddingBranch):
         super().__init__()
         self.layers = branch.layers
-        self.layers[0][0].weight.mul_(branch.scale)
+        first: Any = self.layers[0]
+        first[0].weight.mul_(branch.scale)
 
     def forward(self, embedding: Tensor, valid: Tensor | None = None) -> Tensor:
         return zero_missing(self.layers(zero_missing(embedding, valid)), valid)
@@ -34,26 +37,32 @@ class LinearExperts(nn.Module):
 
     def __init__(self, mixture: MixtureOfExperts):
         super().__init__()
-        self.gate, self.dropout = mixture.gate, nn.Dropout(mixture.dropout.p)
-        self.experts = nn.ModuleList(
-            nn.ModuleList(_linear(*layer) for layer in mixture.expert(number))
-            for number in range(mixture.gate.out_features)
-        )
+        self.gate = mixture.gate
+        self.dropout = nn.Dropout(mixture.dropout.p)
+        self.experts = nn.ModuleList()
+        for number in range(mixture.gate.out_features):
+            *hidden, last = mixture.expert(number)
+            layers = [_copied(nn.Linear, *layer) for layer in hidden]
+            self.experts.append(nn.ModuleList([*layers, _copied(OutputLinear, *last)]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate = self.gate(x).softmax(dim=-1)  # (B, E)
+        """x (B, D) → mixed output (B, d_out), gate (B, E)."""
+        gate = self.gate(x).softmax(dim=-1)
         outputs = []
-        for *hidden, last in self.experts:
+        expert: Any
+        for expert in self.experts:
+            *hidden, last = expert
             h = x
             for linear in hidden:
                 h = self.dropout(F.gelu(linear(h)))
             outputs.append(last(h))
-        return torch.einsum("be,ebo->bo", gate, torch.stack(outputs)), gate
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.einsum("be,ebo->bo", gate, torch.stack(outputs)), gate
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """weight (D_out, D_in), bias (D_out,)"""
-    linear = nn.Linear(weight.shape[1], weight.shape[0])
+def _copied(layer_class: type[nn.Linear], weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A layer with a copy of weight (D_out, D_in) and bias (D_out,)."""
+    linear = layer_class(weight.shape[1], weight.shape[0])
     linear.weight.copy_(weight)
     linear.bias.copy_(bias)
     return linear
@@ -77,6 +86,7 @@ def int8_copy(model: nn.Module) -> nn.Module:
     from torch.ao.quantization import quantize_dynamic
 
     with warnings.catch_warnings():
-        # torch announces the end of torch.ao in favour of another package, torchao; the pinned torch has it
+        # torch announces that torch.ao gives way to another package, torchao; the pinned torch still has it
         warnings.filterwarnings("ignore", message=".*deprecated")
+        # only nn.Linear itself is replaced, not its subclass OutputLinear
         return quantize_dynamic(plain_linears(model), {nn.Linear}, dtype=torch.qint8, inplace=True)

@@ -1,88 +1,55 @@
-"""Several processes that train one fusion model, each on its share of every batch; without torchrun there is one.
+"""How several processes share the rows of a fusion model: those of a step, and those to predict.
+
+Without torchrun there is one process, and everything here returns what it was given.
 
 Legend: B batch.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from fusion.blocks import FusionOutput
+from training.processes import process
 
 
-@contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes where torchrun started more than one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # NCCL broadcasts objects from the current device
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
-
-
-def process() -> tuple[int, int]:
-    """Number of this process and how many there are."""
-    together = distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
-
-
-def from_first_process(value: Any) -> Any:
-    """What `value` is on the first process."""
-    if process()[1] == 1:
-        return value
-    holder = [value]
-    distributed.broadcast_object_list(holder, src=0)
-    return holder[0]
+def own_share() -> slice:
+    """Which rows of any number are this process's: every n-th, counted from its own number."""
+    rank, processes = process()
+    return slice(rank, None, processes)
 
 
 def dealt(work: Callable[[Tensor], Tensor], rows: Tensor, device: torch.device) -> Tensor:
-    """work(rows), one number a row, float32 (n,) on the CPU; the processes share the rows."""
-    rank, processes = process()
-    if processes == 1:
+    """work(rows) (n,), float32 on the CPU: one number per row, of which each process computes its share."""
+    if process()[1] == 1:
         return work(rows)
-    whole, share = torch.zeros(len(rows), device=device), slice(rank, None, processes)
+    share = own_share()
+    whole = torch.zeros(len(rows), device=device)
     whole[share] = work(rows[share]).to(device)
-    distributed.all_reduce(whole)
+    distributed.all_reduce(whole)  # the sum: every number is zero on all processes but one
     return whole.cpu()
 
 
-def whole_batch(output: FusionOutput, share: slice, size: int) -> FusionOutput:
-    """The outputs for all `size` rows of a batch of which this process computed `share`.
+def whole_batch(output: FusionOutput, size: int) -> FusionOutput:
+    """The outputs for all `size` rows of a batch of which this process computed its own share.
 
     Only its own rows carry a gradient here, so the gradients of the processes add up to the batch's.
     """
-
-    def gather(own: Tensor | None) -> Tensor | None:
-        if own is None:
-            return None
-        whole = own.new_zeros(size)
-        whole[share] = own.detach()
-        distributed.all_reduce(whole)
-        whole[share] = own
-        return whole
-
-    return FusionOutput(gather(output.log_price), None, gather(output.under_15_logit))
+    if process()[1] == 1:
+        return output
+    log_price = _gathered(output.log_price, size)
+    if output.under_15_logit is None:
+        return FusionOutput(log_price)
+    return FusionOutput(log_price, under_15_logit=_gathered(output.under_15_logit, size))
 
 
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over the processes.
-
-    By hand rather than by DDP, which would search every step's graph for the projections that get no gradient.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, summed in zip(gradients, parts, strict=True):
-        gradient.copy_(summed.view_as(gradient))
+def _gathered(own: Tensor, size: int) -> Tensor:
+    share = own_share()
+    whole = own.new_zeros(size)
+    whole[share] = own.detach()
+    distributed.all_reduce(whole)
+    whole[share] = own  # the same numbers again, now with their gradient
+    return whole

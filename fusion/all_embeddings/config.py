@@ -6,32 +6,39 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from contracts.errors import InputError
-from fusion.config import TrainingSettings
+from contracts.workspace import EMBEDDINGS
+from fusion.config import TINY_TRAINING, Package, TrainingSettings
+
+MODALITIES = EMBEDDINGS
+"""The embeddings that the model reads, in the order of the columns of its mask."""
 
 Variant = Literal["hierarchical", "concat", "flat", "tokens"]
+"""Names of the model's forms; fusion/all_embeddings/model.py has a class for each."""
 
 
 @dataclass
 class ModelConfig:
+    """Settings of the model; their docstrings are the help texts of the command line."""
+
     variant: Variant = "hierarchical"
     """hierarchical: three cross-attentions; concat: attention over concatenations; tokens: hierarchical with
     several tokens per embedding; flat: one MLP on the concatenated embeddings."""
     width: int = 512
-    """Fused width D. The experts' layers follow from it: 2D, D, D/2."""
+    """Fused width D. The layers of the experts follow from it: 2D, D, D/2."""
     heads: int = 8
     """Attention heads H; must divide the width."""
     experts: int = 3
     """Experts E of the mixture; 1 is a plain MLP behind the fusion."""
     dropout: float = 0.25
-    """In branches and experts."""
+    """Dropout in branches and experts."""
     branch_depth: int = 1
     """Layers per branch. 2 (D_in → branch_hidden → D) is a known failure, kept as an ablation."""
     branch_hidden: int = 768
-    """Middle width of a two-layer branch."""
+    """Middle width of a branch of two layers."""
     tokens_per_embedding: int = 4
     """Tokens T per embedding in variant tokens; must divide the width."""
     short_path: bool = True
-    """Skip the query and key projections where there is one key. Same result, less work."""
+    """Skip the query and key projections where there is one key. The result is the same, with less work."""
     auxiliary_under_15: bool = False
     """Also predict whether the product costs under $15."""
     structural_branch: bool = False
@@ -54,7 +61,7 @@ class ModelConfig:
 @dataclass
 class AllEmbeddingsSettings(ModelConfig, TrainingSettings):
     run: str = "fusion_all_embeddings"
-    """Name of the run folder under checkpoints/."""
+    """Name of the run folder in checkpoints/, and of the prediction files."""
 
     def __post_init__(self) -> None:
         TrainingSettings.__post_init__(self)
@@ -63,11 +70,13 @@ class AllEmbeddingsSettings(ModelConfig, TrainingSettings):
 
 PRESETS = {
     "base": {},
-    "tiny": {"width": 64, "heads": 4, "epochs": 150, "patience": 20, "lr": 2e-3, "lr_patience": 5},
+    "tiny": {"width": 64, "heads": 4, **TINY_TRAINING},
 }
 
-
-def build_model(settings: AllEmbeddingsSettings, widths: dict[str, int]):
-    from fusion.all_embeddings.model import AllEmbeddings
-
-    return AllEmbeddings(settings, widths)
+PACKAGE = Package(
+    name="fusion.all_embeddings",
+    settings=AllEmbeddingsSettings,
+    presets=PRESETS,
+    modalities=MODALITIES,
+    model="fusion.all_embeddings.model:AllEmbeddings",
+)

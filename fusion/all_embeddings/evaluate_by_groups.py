@@ -5,23 +5,15 @@ python -m fusion.all_embeddings.evaluate_by_groups --workspace OUT
 
 from __future__ import annotations
 
+from typing import Any
+
 from contracts.errors import run_entry_point
-from contracts.workspace import Workspace
-from fusion.all_embeddings.config import AllEmbeddingsSettings, build_model
-from fusion.config import ApplySettings
-from training.settings import parse_settings
+from fusion import commands
+from fusion.all_embeddings.config import PACKAGE
 
 
-def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(ApplySettings, argv, description=__doc__.split("\n")[0])
-    from fusion.all_embeddings.model import MODALITIES
-    from fusion.experiment import evaluate, load_trained
-
-    workspace, run = Workspace(settings.workspace), settings.run or AllEmbeddingsSettings.run
-    trained = load_trained(
-        workspace, run, "fusion.all_embeddings", AllEmbeddingsSettings, build_model, settings.device
-    )
-    return evaluate(trained, workspace, MODALITIES)
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    return commands.evaluate_by_groups(PACKAGE, argv, description=__doc__.split("\n")[0])
 
 
 if __name__ == "__main__":

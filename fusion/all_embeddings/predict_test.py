@@ -5,26 +5,13 @@ python -m fusion.all_embeddings.predict_test --workspace OUT
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from contracts.errors import run_entry_point
-from contracts.workspace import Workspace
-from fusion.all_embeddings.config import AllEmbeddingsSettings, build_model
-from fusion.config import ApplySettings
-from training.settings import parse_settings
+from fusion import commands
+from fusion.all_embeddings.config import PACKAGE
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(ApplySettings, argv, description=__doc__.split("\n")[0])
-    from fusion.all_embeddings.model import MODALITIES
-    from fusion.experiment import load_trained, write_submission
-
-    workspace, run = Workspace(settings.workspace), settings.run or AllEmbeddingsSettings.run
-    out = Path(settings.out) if settings.out else workspace.path("submission")
-    trained = load_trained(
-        workspace, run, "fusion.all_embeddings", AllEmbeddingsSettings, build_model, settings.device
-    )
-    write_submission(trained, workspace, MODALITIES, out)
+    commands.predict_test(PACKAGE, argv, description=__doc__.split("\n")[0])
 
 
 if __name__ == "__main__":

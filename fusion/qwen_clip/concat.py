@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.blocks import zero_missing
+from fusion.blocks import OutputLinear, zero_missing
 
 
 class ConcatFusion(nn.Module):
@@ -22,7 +22,7 @@ class ConcatFusion(nn.Module):
 
     def __init__(self, *, hidden: int, num_classes: int = 1):
         super().__init__()
-        self.classifier = nn.Linear(2 * hidden, num_classes)
+        self.classifier = OutputLinear(2 * hidden, num_classes)
 
     def forward(
         self, u: Tensor, v: Tensor, u_valid: Tensor | None = None, v_valid: Tensor | None = None

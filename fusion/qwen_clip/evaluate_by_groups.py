@@ -5,21 +5,15 @@ python -m fusion.qwen_clip.evaluate_by_groups --workspace OUT
 
 from __future__ import annotations
 
+from typing import Any
+
 from contracts.errors import run_entry_point
-from contracts.workspace import Workspace
-from fusion.config import ApplySettings
-from fusion.qwen_clip.config import QwenClipSettings, build_model
-from training.settings import parse_settings
+from fusion import commands
+from fusion.qwen_clip.config import PACKAGE
 
 
-def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(ApplySettings, argv, description=__doc__.split("\n")[0])
-    from fusion.experiment import evaluate, load_trained
-    from fusion.qwen_clip.baseline import MODALITIES
-
-    workspace, run = Workspace(settings.workspace), settings.run or QwenClipSettings.run
-    trained = load_trained(workspace, run, "fusion.qwen_clip", QwenClipSettings, build_model, settings.device)
-    return evaluate(trained, workspace, MODALITIES)
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    return commands.evaluate_by_groups(PACKAGE, argv, description=__doc__.split("\n")[0])
 
 
 if __name__ == "__main__":

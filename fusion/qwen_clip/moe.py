@@ -1,6 +1,6 @@
 """Two-embedding design `moe`: a router gives each row one share for text and one for other.
 
-At D = 100 and 3 classes: router 402 parameters, classifier 303.
+At D = 100 and 3 classes the router has 402 parameters, the classifier 303.
 
 Legend: B batch, D width of either embedding, C classes.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.blocks import zero_missing
+from fusion.blocks import OutputLinear, zero_missing
 
 
 class MoEFusion(nn.Module):
@@ -27,28 +27,25 @@ class MoEFusion(nn.Module):
     def __init__(self, *, hidden: int, num_classes: int = 1):
         super().__init__()
         self.router = nn.Linear(2 * hidden, 2)
-        self.classifier = nn.Linear(hidden, num_classes)
+        self.classifier = OutputLinear(hidden, num_classes)
 
     def route(
         self, u: Tensor, v: Tensor, u_valid: Tensor | None = None, v_valid: Tensor | None = None
     ) -> Tensor:
         """Shares (B, 2) of u and v, each row summing to 1; missing rows of u and v must be zero already."""
         logits = self.router(torch.cat([u, v], dim=1))  # (B, 2)
-        valid = torch.stack(
-            [
-                torch.ones_like(logits[:, 0], dtype=torch.bool) if mask is None else mask
-                for mask in (u_valid, v_valid)
-            ],
-            dim=1,
-        )
-        # The lowest float instead of -inf: two of -inf would be a softmax over nothing, NaN.
+        # The lowest float instead of -inf: with both missing, -inf would be a softmax over nothing, NaN.
         lowest = torch.finfo(logits.dtype).min
-        return torch.where(valid, logits, lowest).softmax(dim=1)
+        logit_u = logits[:, 0] if u_valid is None else torch.where(u_valid, logits[:, 0], lowest)
+        logit_v = logits[:, 1] if v_valid is None else torch.where(v_valid, logits[:, 1], lowest)
+        return torch.stack([logit_u, logit_v], dim=1).softmax(dim=1)
 
     def forward(
         self, u: Tensor, v: Tensor, u_valid: Tensor | None = None, v_valid: Tensor | None = None
     ) -> Tensor:
         """u (text) and v (other) (B, D), masks (B,) bool or None → logits (B, C), or (B,) where C = 1."""
-        u, v = zero_missing(u, u_valid), zero_missing(v, v_valid)
+        u = zero_missing(u, u_valid)
+        v = zero_missing(v, v_valid)
         share_u, share_v = self.route(u, v, u_valid, v_valid).split(1, dim=1)  # (B, 1) each
-        return self.classifier(F.relu(share_u * u + share_v * v)).squeeze(1)
+        fused = share_u * u + share_v * v  # (B, D)
+        return self.classifier(F.relu(fused)).squeeze(1)  # squeeze leaves C > 1 alone

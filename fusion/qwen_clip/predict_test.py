@@ -5,24 +5,13 @@ python -m fusion.qwen_clip.predict_test --workspace OUT
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from contracts.errors import run_entry_point
-from contracts.workspace import Workspace
-from fusion.config import ApplySettings
-from fusion.qwen_clip.config import QwenClipSettings, build_model
-from training.settings import parse_settings
+from fusion import commands
+from fusion.qwen_clip.config import PACKAGE
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(ApplySettings, argv, description=__doc__.split("\n")[0])
-    from fusion.experiment import load_trained, write_submission
-    from fusion.qwen_clip.baseline import MODALITIES
-
-    workspace, run = Workspace(settings.workspace), settings.run or QwenClipSettings.run
-    out = Path(settings.out) if settings.out else workspace.path("submission")
-    trained = load_trained(workspace, run, "fusion.qwen_clip", QwenClipSettings, build_model, settings.device)
-    write_submission(trained, workspace, MODALITIES, out)
+    commands.predict_test(PACKAGE, argv, description=__doc__.split("\n")[0])
 
 
 if __name__ == "__main__":

@@ -8,17 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from contracts.errors import run_entry_point
-from fusion.qwen_clip.config import PRESETS, QwenClipSettings, build_model
-from training.settings import parse_settings
+from fusion import commands
+from fusion.qwen_clip.config import PACKAGE
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    settings = parse_settings(QwenClipSettings, argv, description=__doc__.split("\n")[0], presets=PRESETS)
-    from fusion.experiment import build_data, fit_and_score
-    from fusion.qwen_clip.baseline import MODALITIES
-
-    data = build_data(settings, MODALITIES)
-    return fit_and_score(settings, data, build_model)
+    return commands.train(PACKAGE, argv, description=__doc__.split("\n")[0])
 
 
 if __name__ == "__main__":

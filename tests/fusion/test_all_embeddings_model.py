@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from contracts.errors import InputError
-from fusion.all_embeddings.config import ModelConfig, Variant
-from fusion.all_embeddings.model import MODALITIES, AllEmbeddings
+from fusion.all_embeddings.config import MODALITIES, ModelConfig, Variant
+from fusion.all_embeddings.model import AllEmbeddings
 
 FULL = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
 SMALL = {"clip_image": 6, "siglip_image": 9, "siglip_text": 8, "qwen_text": 11}
@@ -42,6 +42,11 @@ def with_every_option(variant: str) -> dict:
 def test_parameter_counts_of_the_specification(short_path):
     assert parameters_at_full_size(variant="hierarchical", short_path=short_path) == 13_464_074
     assert parameters_at_full_size(variant="concat", short_path=short_path) == 8_114_442
+
+
+def test_parameter_counts_of_the_other_variants():
+    assert parameters_at_full_size(variant="tokens") == 14_520_842
+    assert parameters_at_full_size(variant="flat") == 4_727_297
 
 
 def test_the_query_and_key_projections_are_dead():

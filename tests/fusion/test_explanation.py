@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from contracts import splits
-from contracts.embeddings import Embeddings, write_embeddings
 from contracts.errors import InputError
 from contracts.workspace import STRUCTURAL_FEATURES, Workspace
 from fusion.all_embeddings import explain, train
-from fusion.all_embeddings.config import AllEmbeddingsSettings, build_model
-from fusion.all_embeddings.model import MODALITIES
+from fusion.all_embeddings.config import MODALITIES, AllEmbeddingsSettings
+from fusion.all_embeddings.model import AllEmbeddings
 from fusion.blocks import FusionOutput
 from fusion.dataset import FusionTable
 from fusion.explanation import (
@@ -26,7 +25,7 @@ from fusion.explanation import (
     permuted_columns,
     shapley_values,
 )
-from fusion.loop import Target
+from fusion.target import Target
 
 WIDTHS = {"clip_image": 6, "siglip_image": 5, "siglip_text": 4, "qwen_text": 7}
 
@@ -51,7 +50,7 @@ def make_table(rows=40, missing=0.3, last_columns=STRUCTURAL_FEATURES):
 def trained_model(model=None):
     settings = AllEmbeddingsSettings(width=16, heads=2)
     torch.manual_seed(0)
-    model = model or build_model(settings, WIDTHS)
+    model = model or AllEmbeddings(settings, WIDTHS)
     return SimpleNamespace(model=model.eval(), target=Target(settings, 2.6, 20.0), settings=settings)
 
 
@@ -68,7 +67,7 @@ class Additive(torch.nn.Module):
 def test_contributions_sum_to_the_prediction_and_missing_ones_are_zero(variant):
     settings = AllEmbeddingsSettings(width=16, heads=2, variant=variant)
     torch.manual_seed(0)
-    model = build_model(settings, WIDTHS)
+    model = AllEmbeddings(settings, WIDTHS)
     model.set_output_bias(2.6)
     trained, table = trained_model(model), make_table()
     values, nothing = shapley_values(trained, table)
@@ -149,35 +148,26 @@ def test_products_span_the_prices_or_are_named():
 
 
 @pytest.fixture(scope="module")
-def run(sample_workspace, tmp_path_factory):
+def run(empty_workspace, write_embedding):
     """A run whose clip image says the price, siglip image is noise, siglip text is left out."""
-    folder = tmp_path_factory.mktemp("explained")
-    shutil.copytree(sample_workspace / "data", folder / "data")
-    workspace = Workspace(folder)
-    rows, generator = workspace.prepared("train"), np.random.default_rng(0)
+    workspace = empty_workspace
+    rows = workspace.prepared("train")
+    generator = np.random.default_rng(0)
+    has_image = np.random.default_rng(1).random(len(rows)) > 0.1
     for name, width in WIDTHS.items():
         matrix = generator.normal(size=(len(rows), width))
+        extra = {"valid": has_image} if name.endswith("image") else {}
         if name == "clip_image":
             matrix[:, 0] = np.log(rows["price"]) - 2.6
+            extra["encoder_folds"] = splits.roles(0).fitted_on
         if name == "qwen_text":
             matrix[:, -3:] = rows[list(STRUCTURAL_FEATURES)].fillna(0)
-        write(workspace, name, matrix, splits.roles(0).fitted_on if name == "clip_image" else ())
+            extra["last_columns"] = list(STRUCTURAL_FEATURES)
+        write_embedding(workspace, "train", name, matrix, **extra)
     flags = ["--preset", "tiny", "--width", "16", "--heads", "2", "--epochs", "25", "--batch-size", "64"]
     used = ["--use", "clip_image", "siglip_image", "qwen_text", "--device", "cpu"]
-    train.main(["--workspace", str(folder), *flags, *used])
+    train.main(["--workspace", str(workspace.root), *flags, *used])
     return workspace
-
-
-def write(workspace, name, matrix, encoder_folds):
-    ids = workspace.prepared("train")["sample_id"].to_numpy(str)
-    meta = {
-        "name": name, "split": "train", "model": "synthetic", "checkpoint": "sha", "command": "test",
-        "fitted_on": splits.fitted_on(encoder_folds=encoder_folds),
-        "split_hash": splits.split_hash(workspace.folds()),
-    } | ({"last_columns": list(STRUCTURAL_FEATURES)} if name == "qwen_text" else {})  # fmt: skip
-    valid = np.random.default_rng(1).random(len(ids)) > (0.1 if name.endswith("image") else 0)
-    path = workspace.path("embeddings", name=name, split="train")
-    write_embeddings(path, Embeddings(ids, matrix.astype(np.float32), valid, meta))
 
 
 def test_explain_a_finished_run(run):
@@ -206,10 +196,10 @@ def test_explain_a_finished_run(run):
         explain.main(["--workspace", str(run.root), "--ids", seen])
 
 
-def test_leaked_rows_are_refused(run, tmp_path):
+def test_leaked_rows_are_refused(run, write_embedding, tmp_path):
     shutil.copytree(run.root, tmp_path, dirs_exist_ok=True)
-    rows = run.prepared("train")
-    write(Workspace(tmp_path), "siglip_image", np.zeros((len(rows), 5)), (0, 1))
+    leaked = np.zeros((len(run.prepared("train")), 5))
+    write_embedding(Workspace(tmp_path), "train", "siglip_image", leaked, encoder_folds=(0, 1))
     with pytest.raises(InputError, match="no honest validation score.*siglip_image"):
         explain.main(["--workspace", str(tmp_path)])
 

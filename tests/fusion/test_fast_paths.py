@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from fusion.all_embeddings.config import AllEmbeddingsSettings, build_model
+from fusion.all_embeddings.config import AllEmbeddingsSettings
+from fusion.all_embeddings.model import AllEmbeddings
 from fusion.blocks import Dropout, EmbeddingBranch
 from fusion.dataset import FusionTable
 from fusion.int8 import int8_copy, plain_linears
-from fusion.loop import Target, TrainingStep, epoch_rows, hide_modalities, predict, train_epoch
+from fusion.loop import epoch_rows, hide_modalities, predict, train_epoch
+from fusion.step import TrainingStep
+from fusion.target import Target
 
 WIDTHS = {"clip_image": 12, "siglip_image": 10, "siglip_text": 8, "qwen_text": 11}
 
@@ -39,7 +42,7 @@ def table():
 def model_and_target(table, settings):
     torch.manual_seed(0)
     target = Target.of(settings, table.log_price)
-    model = build_model(settings, WIDTHS)
+    model = AllEmbeddings(settings, WIDTHS)
     model.set_output_bias(target.output_bias)
     return model.to(table.valid.device), target
 
@@ -99,12 +102,12 @@ def test_dropout_at_rest_changes_nothing():
 
 
 def test_epoch_equals_a_plain_loop(table):
-    settings = make_settings(clip_norm=0.5)
+    settings = make_settings(max_grad_norm=0.5)
     model, target = model_and_target(table, settings)
     plain = copy.deepcopy(model)
     rows, visible = epoch_rows(table, torch.arange(100), settings, epoch=1)
     assert sorted(rows.tolist()) == list(range(100)) and not torch.equal(visible, table.valid[rows])
-    loss = train_epoch(TrainingStep(model, table, target), rows, visible)
+    loss = train_epoch(TrainingStep(model, table, target, settings), rows, visible)
 
     optimizer = torch.optim.AdamW(plain.parameters(), settings.lr, weight_decay=settings.weight_decay)
     losses = []
@@ -112,10 +115,10 @@ def test_epoch_equals_a_plain_loop(table):
         batch = rows[start : start + 32]
         embeddings = {name: matrix[batch] for name, matrix in table.embeddings.items()}
         output = plain(embeddings, visible[start : start + 32])
-        losses.append(target.loss()(output, table.log_price[batch]))
+        losses.append(target.loss(output, table.log_price[batch]))
         optimizer.zero_grad()
         losses[-1].backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), settings.clip_norm)
+        nn.utils.clip_grad_norm_(plain.parameters(), settings.max_grad_norm)
         optimizer.step()
     assert len(losses) == 4  # the last one of four rows
     torch.testing.assert_close(loss, torch.stack(losses).detach().mean())
@@ -137,7 +140,8 @@ def test_an_epoch_draws_from_seed_and_epoch_alone(table):
 
 
 def losses_of_six_steps(table, settings, model, target):
-    step, losses = TrainingStep(model, table, target), []
+    step = TrainingStep(model, table, target, settings)
+    losses = []
     for epoch in (1, 2):
         rows, visible = epoch_rows(table, torch.arange(len(table.rows)), settings, epoch)
         for batch in zip(rows.split(32)[:3], visible.split(32)[:3], strict=True):
@@ -151,8 +155,8 @@ def test_compiled_step_equals_the_eager_one(table, monkeypatch):
     model, target = model_and_target(table, make_settings(dropout=0.3))  # the same masks in both
     compiled = copy.deepcopy(model)
     eager = losses_of_six_steps(table, make_settings(), model, target)
-    target.settings = make_settings(compile=True)
-    torch.testing.assert_close(losses_of_six_steps(table, target.settings, compiled, target), eager)
+    replayed = losses_of_six_steps(table, make_settings(compile=True), compiled, target)
+    torch.testing.assert_close(replayed, eager)
     assert_same_weights(compiled, model)
 
 
@@ -162,9 +166,8 @@ def test_recorded_step_equals_the_eager_one(table):
     table = table.to(torch.device("cuda"))
     model, target = model_and_target(table, make_settings(precision="fp32"))
     recorded = copy.deepcopy(model)
-    eager = losses_of_six_steps(table, target.settings, model, target)
-    target.settings = make_settings(precision="fp32", compile=True)
-    replayed = losses_of_six_steps(table, target.settings, recorded, target)
+    eager = losses_of_six_steps(table, make_settings(precision="fp32"), model, target)
+    replayed = losses_of_six_steps(table, make_settings(precision="fp32", compile=True), recorded, target)
     torch.testing.assert_close(replayed, eager, rtol=1e-3, atol=1e-3)
 
 
@@ -172,7 +175,7 @@ def test_recorded_step_equals_the_eager_one(table):
 def test_int8_prices_are_those_of_the_model(table, variant):
     settings = make_settings(variant=variant, width=64, modality_dropout=0.0)
     model, target = model_and_target(table, settings)
-    step = TrainingStep(model, table, target)
+    step = TrainingStep(model, table, target, settings)
     for epoch in range(25):
         train_epoch(step, *epoch_rows(table, torch.arange(100), settings, epoch))
     before = copy.deepcopy(model.state_dict())

@@ -1,16 +1,20 @@
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from contracts.errors import InputError
-from fusion.qwen_clip.baseline import DESIGNS, MODALITIES, QwenClip
 from fusion.qwen_clip.concat import ConcatFusion
+from fusion.qwen_clip.config import MODALITIES, Design, ModelConfig
 from fusion.qwen_clip.cross_attention import CrossAttentionFusion
 from fusion.qwen_clip.gate import GateFusion
+from fusion.qwen_clip.model import QwenClip
 from fusion.qwen_clip.moe import MoEFusion
 from fusion.qwen_clip.tabular import TabularBranch, average_chunks
 
+DESIGNS = get_args(Design)
 FUSIONS = [ConcatFusion, GateFusion, MoEFusion, CrossAttentionFusion]
 FULL = {"clip_image": 768, "qwen_text": 1027}
 SMALL = {"clip_image": 6, "qwen_text": 11}
@@ -141,7 +145,8 @@ def test_chunks_are_averaged_over_those_that_exist():
 
 def small_baseline(design: str, **settings) -> QwenClip:
     torch.manual_seed(0)
-    return QwenClip(SMALL, design=design, **{"hidden": 16, "heads": 2, "dropout": 0.0} | settings)
+    settings = {"hidden": 16, "heads": 2, "dropout": 0.0} | settings
+    return QwenClip(ModelConfig(design=design, **settings), SMALL)
 
 
 def batch(rows: int = 8) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -152,7 +157,8 @@ def batch(rows: int = 8) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 def test_baseline_parameter_counts():
     with torch.device("meta"):
-        attention, plain = QwenClip(FULL), QwenClip(FULL, design="plain")
+        attention = QwenClip(ModelConfig(), FULL)
+        plain = QwenClip(ModelConfig(design="plain"), FULL)
     assert count(attention) == 7_654_536 and round(count(attention) / 1e6, 1) == 7.7
     assert count(plain) == 1_578_499 and round(count(plain) / 1e6, 1) == 1.6
 
@@ -224,9 +230,11 @@ def test_baseline_compiles_without_a_graph_break(design):
 
 
 def test_baseline_refuses_wrong_settings():
-    with pytest.raises(InputError, match="no design 'sum': choose one of attention_moe, plain, concat"):
+    with pytest.raises(InputError, match="design 'sum' is not one of attention_moe, plain, concat"):
         small_baseline("sum")
     with pytest.raises(InputError, match="qwen_text"):
-        QwenClip({"clip_image": 768})
+        QwenClip(ModelConfig(), {"clip_image": 768})
+    with pytest.raises(InputError, match="dropout=1.0"):
+        small_baseline("plain", dropout=1.0)
     with pytest.raises(InputError, match="heads=5 .* 16"):
         small_baseline("cross_attention", heads=5)

@@ -19,14 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from contracts.errors import InputError
-from fusion.blocks import AttentionBlock, EmbeddingBranch, FusionOutput, MixtureOfExperts
+from contracts.workspace import CLIP_IMAGE, QWEN_TEXT
+from fusion.blocks import (
+    AttentionBlock,
+    EmbeddingBranch,
+    FusionOutput,
+    MixtureOfExperts,
+    OutputLinear,
+    PriceModel,
+)
 from fusion.qwen_clip.concat import ConcatFusion
+from fusion.qwen_clip.config import MODALITIES, ModelConfig
 from fusion.qwen_clip.cross_attention import CrossAttentionFusion
 from fusion.qwen_clip.gate import GateFusion
 from fusion.qwen_clip.moe import MoEFusion
-
-MODALITIES = ("clip_image", "qwen_text")
-"""The order of the columns of `valid`."""
 
 
 class AttentionMoEFusion(nn.Module):
@@ -62,82 +68,73 @@ class PlainFusion(nn.Module):
     def __init__(self, *, hidden: int, dropout: float = 0.25):
         super().__init__()
         self.mlp = nn.Sequential(
-            *(nn.Linear(2 * hidden, hidden), nn.GELU(), nn.Dropout(dropout)),
-            *(nn.Linear(hidden, hidden // 2), nn.GELU(), nn.Dropout(dropout)),
+            nn.Linear(2 * hidden, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden // 2),
+            nn.GELU(),
+            nn.Dropout(dropout),
         )
-        self.classifier = nn.Linear(hidden // 2, 1)
+        self.classifier = OutputLinear(hidden // 2, 1)
 
     def forward(self, u: Tensor, v: Tensor, u_valid: Tensor, v_valid: Tensor) -> Tensor:
+        """u (text) and v (image) (B, D), zero where missing → log1p(price) (B,)."""
         return self.classifier(self.mlp(torch.cat([u, v], dim=1))).squeeze(1)
 
 
-DESIGNS = ("attention_moe", "plain", "concat", "gate", "moe", "cross_attention")
-
-
-def build_design(design: str, *, hidden: int, heads: int, experts: int, dropout: float) -> nn.Module:
-    """The fusion of two (B, D) embeddings called `design`, for regression."""
-    match design:
+def build_design(config: ModelConfig) -> nn.Module:
+    """The fusion of two (B, D) embeddings that the config names, for regression."""
+    width = config.hidden
+    match config.design:
         case "attention_moe":
-            return AttentionMoEFusion(hidden=hidden, heads=heads, experts=experts, dropout=dropout)
+            return AttentionMoEFusion(
+                hidden=width, heads=config.heads, experts=config.experts, dropout=config.dropout
+            )
         case "plain":
-            return PlainFusion(hidden=hidden, dropout=dropout)
+            return PlainFusion(hidden=width, dropout=config.dropout)
         case "concat":
-            return ConcatFusion(hidden=hidden)
+            return ConcatFusion(hidden=width)
         case "gate":
-            return GateFusion(hidden=hidden)
+            return GateFusion(hidden=width)
         case "moe":
-            return MoEFusion(hidden=hidden)
+            return MoEFusion(hidden=width)
         case "cross_attention":
-            return CrossAttentionFusion(hidden=hidden, heads=heads)
-    raise InputError(f"no design {design!r}: choose one of {', '.join(DESIGNS)}")
+            return CrossAttentionFusion(hidden=width, heads=config.heads)
+    raise AssertionError(f"design {config.design} of fusion/qwen_clip/config.py has no class here")
 
 
-class QwenClip(nn.Module):
+class QwenClip(PriceModel):
     """log1p(price) from Qwen text and CLIP image: two branches and a design.
 
-    A missing modality's values, NaN included, reach neither output nor gradient.
+    The values of a missing modality, NaN included, reach neither output nor gradient.
 
     Args:
+        config: see ModelConfig.
         widths: D_in of each of MODALITIES, as read from the embedding files.
-        design: one of DESIGNS.
-        hidden: fused width D.
-        heads: for the designs with attention; must divide `hidden`.
-        experts: E of attention_moe.
-        dropout: in branches, experts and the plain MLP.
 
     Raises:
-        InputError: no such design, `heads` does not divide `hidden`, or a modality without a width.
+        InputError: `heads` does not divide `hidden`, or a modality has no width.
     """
 
-    def __init__(
-        self,
-        widths: dict[str, int],
-        *,
-        design: str = "attention_moe",
-        hidden: int = 512,
-        heads: int = 8,
-        experts: int = 3,
-        dropout: float = 0.25,
-    ):
+    def __init__(self, config: ModelConfig, widths: dict[str, int]):
         super().__init__()
         if set(widths) != set(MODALITIES):
             raise InputError(f"widths are given for {sorted(widths)}, needed for {sorted(MODALITIES)}")
-        self.text = EmbeddingBranch(d_in=widths["qwen_text"], d_out=hidden, dropout=dropout)
-        self.image = EmbeddingBranch(d_in=widths["clip_image"], d_out=hidden, dropout=dropout)
-        self.fusion = build_design(design, hidden=hidden, heads=heads, experts=experts, dropout=dropout)
+        self.text = EmbeddingBranch(d_in=widths[QWEN_TEXT], d_out=config.hidden, dropout=config.dropout)
+        self.image = EmbeddingBranch(d_in=widths[CLIP_IMAGE], d_out=config.hidden, dropout=config.dropout)
+        self.fusion = build_design(config)
 
-    def set_output_bias(self, mean_log_price: float) -> None:
-        """Start the predictions near the mean log1p(price) of the training rows instead of near $0."""
+    def set_output_bias(self, value: float) -> None:
         if isinstance(self.fusion, AttentionMoEFusion):
-            self.fusion.experts.set_output_bias(mean_log_price)
+            self.fusion.experts.set_output_bias(value)
         else:
-            nn.init.constant_(self.fusion.classifier.bias, mean_log_price)
+            nn.init.constant_(self.get_parameter("fusion.classifier.bias"), value)
 
     def forward(self, embeddings: dict[str, Tensor], valid: Tensor) -> FusionOutput:
         """embeddings: (B, D_in) of each of MODALITIES; valid: (B, 2) bool in the order of MODALITIES."""
         assert valid.shape[1] == len(MODALITIES), f"valid has shape {tuple(valid.shape)}, not (B, 2)"
         image_valid, text_valid = valid.unbind(dim=1)
-        text = self.text(embeddings["qwen_text"], text_valid)  # (B, D)
-        image = self.image(embeddings["clip_image"], image_valid)  # (B, D)
+        text = self.text(embeddings[QWEN_TEXT], text_valid)  # (B, D)
+        image = self.image(embeddings[CLIP_IMAGE], image_valid)  # (B, D)
         output = self.fusion(text, image, text_valid, image_valid)
         return FusionOutput(*output) if isinstance(output, tuple) else FusionOutput(output)

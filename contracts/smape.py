@@ -61,18 +61,21 @@ def price_bin(price: np.ndarray) -> pd.Categorical:
 
 
 def smape_by_group(actual: np.ndarray, predicted: np.ndarray, groups: dict[str, object]) -> pd.DataFrame:
-    """One line per group: columns grouping, group, rows, smape, bias (mean of ln p − ln a).
+    """One line per group: columns grouping, group, rows, smape, standard_error, bias (mean of ln p − ln a).
 
-    `groups` maps the name of a grouping to one label per row. The first line covers all rows.
+    `groups` maps the name of a grouping to one label per row. The first line covers all rows. A group of one row has
+    no standard error.
     """
     frame = pd.DataFrame(
         {"smape": smape_terms(actual, predicted), "bias": np.log(predicted) - np.log(actual)}
     )
-    tables = [frame.agg("mean").to_frame().T.assign(grouping="all", group="all", rows=len(frame))]
-    for name, labels in groups.items():
-        grouped = frame.groupby(
-            np.asarray(labels) if not isinstance(labels, pd.Categorical) else labels, observed=True
-        )
-        table = grouped.mean().assign(rows=grouped.size(), grouping=name).rename_axis("group").reset_index()
+    of_all = {"": np.full(len(frame), "all")}
+    tables = []
+    for name, labels in (of_all | groups).items():
+        categories = labels if isinstance(labels, pd.Categorical) else np.asarray(labels)
+        grouped = frame.groupby(categories, observed=True)
+        table = grouped.mean().assign(rows=grouped.size(), standard_error=grouped["smape"].sem())
+        table = table.assign(grouping=name or "all").rename_axis("group").reset_index()
         tables.append(table.astype({"group": str}))
-    return pd.concat(tables, ignore_index=True)[["grouping", "group", "rows", "smape", "bias"]]
+    columns = ["grouping", "group", "rows", "smape", "standard_error", "bias"]
+    return pd.concat(tables, ignore_index=True)[columns]

@@ -10,7 +10,7 @@ import pandas as pd
 from contracts.files import atomic_write, write_json
 from contracts.smape import price_bin, smape_by_group, smape_with_error
 from fusion.dataset import FusionTable
-from training.plots import figure_at, plot_error_by_price
+from training.plots import draw_error_bars, figure_at, plot_error_by_price
 
 
 def modalities_present(table: FusionTable) -> np.ndarray:
@@ -28,7 +28,7 @@ def score_by_groups(table: FusionTable, rows: np.ndarray, predicted: np.ndarray)
     groups = {
         "price": price_bin(frame["price"].to_numpy()),
         "unit kind": frame["unit_kind"].to_numpy(),
-        "present": modalities_present(table)[rows],
+        "what is present": modalities_present(table)[rows],
     }
     return smape_by_group(frame["price"].to_numpy(), predicted, groups)
 
@@ -61,11 +61,14 @@ def write_scores(
 
 
 def _plot_groups(path: Path, groups: pd.DataFrame) -> None:
-    tables = [(name, part) for name, part in groups.groupby("grouping", sort=False) if name != "all"]
+    """A panel per grouping; the one by price is in error_by_price.png already."""
+    of_all = groups["smape"].iloc[0]
+    tables = [
+        (name, part.set_index("group"))
+        for name, part in groups.groupby("grouping", sort=False)
+        if name not in ("all", "price")
+    ]
     with figure_at(path, columns=len(tables), width=4.2, height=3.4) as (_, axes):
         for axis, (name, part) in zip(axes, tables, strict=True):
-            bars = axis.bar(part["group"], part["smape"])
-            axis.bar_label(bars, [f"n={rows}" for rows in part["rows"]], fontsize=8)
-            axis.axhline(groups["smape"].iloc[0], color="black", linewidth=0.8, linestyle="--")
-            axis.set(title=f"by {name}", ylabel="SMAPE, %")
-            axis.tick_params(axis="x", rotation=30)
+            draw_error_bars(axis, part["smape"], part["standard_error"], part["rows"], overall=of_all)
+            axis.set(title=f"by {name}")

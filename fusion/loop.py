@@ -123,13 +123,15 @@ def train(
         rows, visible = epoch_rows(table, fit, settings, epoch)
         loss = train_epoch(step, rows, visible).item()
         if run:
-            run.log(epoch, **{"train/loss": loss, "lr": float(step.optimizer.param_groups[0]["lr"])})
+            run.log(
+                epoch, epoch=epoch, **{"train/loss": loss, "lr": float(step.optimizer.param_groups[0]["lr"])}
+            )
 
         log_price = dealt(lambda share: predict(model, table, share, target), stop, step.device)
         stop_smape = smape(stop_price, log_price.double().expm1().numpy())
         stop_smape = from_first_process(stop_smape)  # so that all processes stop at the same epoch
         if run:
-            run.log(epoch, **{"stop/smape": stop_smape})
+            run.log(epoch, epoch=epoch, **{"stop/smape": stop_smape})
         scheduler.step(stop_smape)
         best.offer(stop_smape, epoch)
         if run and epoch % settings.save_epochs == 0:

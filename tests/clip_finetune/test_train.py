@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from clip_finetune import extract_embeddings, train
-from contracts.embeddings import read_embeddings
+from clip_finetune.encoder import Encoder
+from contracts.embeddings import align, read_embeddings
 from contracts.errors import InputError
 from contracts.files import read_json, sidecar_of
 from contracts.predictions import read_predictions
@@ -103,7 +104,7 @@ def test_embeddings_keep_the_contract(finished, split):
     assert np.allclose(lengths[content.valid], 1, atol=1e-5) and not lengths[~content.valid].any()
     assert content.meta["fitted_on"] == [list(roles(0).fitted_on)] * 10
     assert content.meta["split_hash"] == split_hash(workspace.folds()) and content.meta["split"] == split
-    assert content.meta["run"] == "clip_finetune"
+    assert content.meta["stage"] == content.meta["run"] == "clip_finetune"
     assert content.meta["checkpoint"] == weights_hash(workspace.path("run", name="clip_finetune"))
 
     failed = pd.read_csv(workspace.path("image_failures", name=CLIP_IMAGE, split=split), dtype=str)
@@ -120,6 +121,55 @@ def test_embeddings_keep_the_contract(finished, split):
     assert predictions.meta["stage"] == predictions.meta["model"] == "clip_finetune"
     if split == "train":
         assert set(predictions.fold[predictions.unseen]) == set(roles(0).validate)
+
+
+def test_a_further_table_is_embedded_and_priced(finished, tmp_path):
+    """By the command and by the encoder object alike, and as the same products were embedded in train."""
+    shutil.copytree(finished, tmp_path / "copy")
+    workspace = Workspace(tmp_path / "copy")
+    table = workspace.prepared("train").iloc[40:0:-1].drop(columns="price")
+    table.to_csv(workspace.path("prepared", split="new"), index=False)
+    content = extract(workspace.root, "new", "--shard-rows", "15")
+    assert content.meta["split"] == "new" and content.sample_ids.tolist() == table["sample_id"].tolist()
+    of_train = read_embeddings(workspace.path("embeddings", name=CLIP_IMAGE, split="train"))
+    of_train = align(of_train, content.sample_ids)
+    assert np.array_equal(content.valid, of_train.valid)
+    np.testing.assert_allclose(content.embeddings, of_train.embeddings, atol=1e-5)
+
+    predictions = read_predictions(workspace, "clip_finetune", "new")
+    assert predictions.fold is None and len(predictions.price) == content.valid.sum()
+
+    encoder = Encoder.open(workspace.path("run", name="clip_finetune"), device="cpu")
+    encoded = encoder.encode(workspace.prepared("new"), workspace.images_folder())
+    np.testing.assert_allclose(encoded.embeddings, content.embeddings, atol=1e-5)
+    assert np.array_equal(encoded.valid, content.valid)
+    assert encoded.meta.items() <= content.meta.items() and encoded.width == encoder.width == 64
+    failed = pd.read_csv(workspace.path("image_failures", name=CLIP_IMAGE, split="new"), dtype=str)
+    assert encoder.reasons == dict(zip(failed["sample_id"], failed["reason"], strict=True)) != {}
+
+
+def test_an_encoder_gives_a_row_the_same_embedding_alone_and_among_others(finished):
+    workspace = Workspace(finished)
+    table, images = workspace.prepared("test").head(12), workspace.images_folder()
+    encoder = Encoder.open(workspace.path("run", name="clip_finetune"), device="cpu", batch_size=5)
+    together = encoder.encode(table, images)
+    reversed_order = encoder.encode(table[::-1], images)
+    np.testing.assert_allclose(reversed_order.embeddings[::-1], together.embeddings, atol=1e-5)
+    for row in range(len(table)):
+        alone = encoder.encode(table.iloc[[row]], images)
+        np.testing.assert_allclose(alone.embeddings[0], together.embeddings[row], atol=1e-5)
+        assert alone.valid[0] == together.valid[row]
+
+    # without a folder no picture is there; without rows there is nothing to embed
+    assert not encoder.encode(table).valid.any() and set(encoder.reasons.values()) == {"missing"}
+    assert encoder.encode(table.head(0), images).embeddings.shape == (0, 64) and encoder.reasons == {}
+
+
+def test_a_table_that_was_not_prepared_is_one_line(finished):
+    with pytest.raises(
+        InputError, match="prepared_absent.csv: no prepared table; run python -m data.prepare"
+    ):
+        extract(finished, "absent")
 
 
 def test_predictions_agree_with_the_score_of_the_run(finished):
@@ -154,6 +204,7 @@ def test_interrupted_extraction_continues(finished, tmp_path, monkeypatch, kille
     assert failed.read_text() == listed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpoint_steps", "log_call", "last"),
     [(2, 6, 4), (3, 4, 3)],

@@ -100,7 +100,7 @@ def test_train_evaluate_predict(workspace):
     assert again["validation_smape"] == summary["validation_smape"]
     folder = workspace.path("run", name=RUN)
     groups = pd.read_csv(folder / "by_group.csv")
-    assert set(groups["grouping"]) == {"all", "price", "unit kind", "present"}
+    assert set(groups["grouping"]) == {"all", "price", "unit kind", "what is present"}
     assert groups.groupby("grouping")["rows"].sum().nunique() == 1
     for name in ("training_curves.png", "error_by_price.png", "error_by_group.png", "manifest.json"):
         assert (folder / name).stat().st_size > 0
@@ -220,6 +220,7 @@ def test_shuffled_rows_change_no_prediction(workspace):
     pd.testing.assert_series_equal(before, after)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(workspace, killed_at):
     flags = [*QUICK, "--epochs", "6", "--save-epochs", "2", "--dropout", "0.3"]
     whole = train.main(at(workspace, *flags, "--run", "whole"))
@@ -305,6 +306,7 @@ def test_final_model_without_validation(workspace):
         evaluate_by_groups.main(at(workspace))
 
 
+@pytest.mark.slow
 def test_price_target_and_auxiliary_task_learn(workspace):
     by_price = train.main(at(workspace, *QUICK, "--target", "price"))
     assert by_price["validation_smape"] < 60

@@ -149,6 +149,7 @@ def losses_of_six_steps(table, settings, model, target):
     return torch.stack(losses)
 
 
+@pytest.mark.slow
 def test_compiled_step_equals_the_eager_one(table, monkeypatch):
     """The graph that torch.compile captures, without the minutes its code generator takes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

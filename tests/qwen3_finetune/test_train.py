@@ -200,6 +200,7 @@ def assert_same_outcome(first: Path, second: Path) -> None:
             assert torch.equal(tensor, others[name]), name
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(sample_workspace, tmp_path, killed_at):
     """280 fit rows give 6 updates per epoch. The run is interrupted twice, in its second epoch."""
     flags = [*QUICK, "--save-steps", "2", "--gradient-accumulation-steps", "2", "--batch-size", "24"]
@@ -233,6 +234,7 @@ def test_the_best_epoch_outlives_an_interruption_after_the_last(sample_workspace
     assert_same_outcome(whole, broken)
 
 
+@pytest.mark.slow
 def test_a_real_encoder_is_fine_tuned_or_kept_frozen(sample_workspace, tmp_path):
     root = copy_of(sample_workspace, tmp_path / "workspace")
     common = ["--workspace", str(root), "--device", "cpu", "--model", str(MINILM), "--max-length", "16"]
@@ -314,6 +316,7 @@ def torchrun(module: str, *flags: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_extract_as_one(sample_workspace, tmp_path):
     """Two processes make the same updates as one process that accumulates twice as many micro-batches."""
     flags = [*QUICK, "--epochs", "1", "--batch-size", "28", "--token-dropout", "0", "--head-dropout", "0"]

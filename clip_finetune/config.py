@@ -118,7 +118,7 @@ class ExtractSettings:
     run: str = "clip_finetune"
     """name of the run folder in checkpoints/"""
     embedding: str = CLIP_IMAGE
-    """name of the embedding file: data/embeddings/<embedding>_<split>.pkl"""
+    """name of the embedding file: data/embeddings/<embedding>_<table>.pkl"""
     batch_size: int | None = None
     """pictures per forward pass; null takes the value of the run"""
     shard_rows: int = 4096

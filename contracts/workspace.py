@@ -110,7 +110,10 @@ class Workspace:
         """The prepared table: text columns str, numbers float64 (NaN where a text states none)."""
         path = self.path("prepared", split=split)
         if not path.is_file():
-            raise InputError(f"{path}: no prepared table; run python -m data.prepare --workspace {self.root}")
+            hint = "" if split in SPLITS else f" --input FILE --table {split}"
+            raise InputError(
+                f"{path}: no prepared table; run python -m data.prepare{hint} --workspace {self.root}"
+            )
         table = read_table(path)
         for column in table.columns.intersection([*_PREPARED_NUMBERS, *self.number_features()]):
             table[column] = pd.to_numeric(table[column].mask(table[column] == "")).astype("float64")

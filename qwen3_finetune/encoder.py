@@ -57,6 +57,7 @@ class Encoder:
         device: str = "auto",
         precision: str = "auto",
         tokens_per_batch: int | None = None,
+        model: str | None = None,
         align: bool = True,
     ) -> Encoder:
         """Load a finished run, out of fold or not.
@@ -66,6 +67,7 @@ class Encoder:
             device: auto, cpu, mps, cuda or cuda:<number>.
             precision: auto, fp32 or bf16; auto is bf16 on CUDA and fp32 elsewhere.
             tokens_per_batch: padded tokens per batch; None suits the device.
+            model: hub id or folder of the pretrained model, where it has moved since training.
             align: see OutOfFoldRun.
 
         Raises:
@@ -73,7 +75,7 @@ class Encoder:
         """
         run = RunFolder.finished(run_folder, "qwen3_finetune")
         meta = encoder_meta(run, name=name, align=align)
-        computation = Computation(device, precision, tokens_per_batch)
+        computation = Computation(device, precision, tokens_per_batch, model)
         if is_out_of_fold(run):
             return cls(OutOfFoldRun(run.path, computation, align=align), meta)
         return cls(FinishedRun(run.path, computation), meta)

@@ -37,6 +37,8 @@ class Computation:
     """auto, fp32 or bf16"""
     tokens_per_batch: int | None = None
     """padded tokens per batch; None suits the device"""
+    model: str | None = None
+    """where the pretrained model lies now; None is where training found it"""
 
 
 def finished_folder(workspace: Workspace, run: str) -> RunFolder:
@@ -97,7 +99,11 @@ class FinishedRun:
                 f"{folder}: has one encoder per hold-out; choose one, such as --run {folder.name}/fold_0"
             )
         trained_with = self.run.settings(QwenSettings)
-        self.settings = dataclasses.replace(trained_with, precision=computation.precision)
+        self.settings = dataclasses.replace(
+            trained_with,
+            precision=computation.precision,
+            model=computation.model or trained_with.model,
+        )
         device = choose_device(computation.device)
         spec = EncoderSpec.resolve(self.settings, device, trained=self.run.path)
         tokenizer = load_tokenizer(spec.tokenizer_source(self.run.path))

@@ -163,17 +163,18 @@ def normalise_like(processor, name: str) -> Callable[[torch.Tensor], torch.Tenso
     return normalise
 
 
-def text_tower(
-    name: str, *, random_weights: bool = False, corpus: list[str] = (), folder: Path | None = None
-) -> Tower:
+def text_tower(name: str, *, random_weights: bool = False, tokenizer_file: Path | None = None) -> Tower:
     """Text tower of checkpoint `name` (hub id or folder), or its architecture with weights from torch's seed.
 
-    With random weights the tokenizer is trained on `corpus` once and kept in `folder`. Raises InputError for a
-    checkpoint that is missing, incomplete or not SigLIP's.
+    Args:
+        tokenizer_file: with random weights, the file that `train_tokenizer` made.
+
+    Raises:
+        InputError: a checkpoint that is missing, incomplete or not SigLIP's, or a missing tokenizer file.
     """
     if random_weights:
         config = text_config(name)
-        tokenizer = trained_tokenizer(corpus, config.vocab_size, folder)
+        tokenizer = _read_tokenizer(name, tokenizer_file)
         model = SiglipTextModel(config)
     else:
         model = _pretrained(SiglipTextModel, "siglip_text_model", name)
@@ -204,17 +205,25 @@ def text_config(name: str) -> SiglipTextConfig:
     )
 
 
-def trained_tokenizer(corpus: list[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
-    """Lower-case BPE tokenizer of at most `vocab_size` tokens, trained on `corpus` once and kept in `folder`.
+def train_tokenizer(name: str, corpus: list[str], folder: Path) -> Path:
+    """The file of a lower-case BPE tokenizer for architecture `name`, trained on `corpus` once and kept in `folder`.
 
-    The file name holds a hash of the corpus, so that train and test share a tokenizer and another catalogue gets its
-    own.
+    The file name holds a hash of the corpus, so that another catalogue gets a tokenizer of its own.
     """
+    vocab_size = text_config(name).vocab_size
     digest = hashlib.sha256("\0".join(corpus).encode()).hexdigest()[:16]
     path = folder / f"tokenizer_{vocab_size}_{digest}.json"
     if not path.is_file():
         with atomic_write(path) as file:
             file.write(_train_bpe(corpus, vocab_size).to_str())
+    return path
+
+
+def _read_tokenizer(name: str, path: Path | None) -> PreTrainedTokenizerFast:
+    if path is None:
+        raise InputError(f"model {name}: with random weights a text tower needs the file of its tokenizer")
+    if not path.is_file():
+        raise InputError(f"{path}: no such tokenizer; run python -m siglip_extract.extract_embeddings train")
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path), eos_token=END, pad_token=END, unk_token=UNKNOWN, padding_side="right"
     )

@@ -64,7 +64,7 @@ def build_parser(
     parser.add_argument("--config", action="config", help="yaml file with settings; flags override it")
     for name, choices in positional.items():
         if choices is None:
-            parser.add_argument(name, type=str)
+            parser.add_argument(name, type=str, help="name of a prepared table: train, test or a further one")
         else:
             parser.add_argument(name, choices=choices)
     types = typing.get_type_hints(settings_class)

@@ -1,111 +1,158 @@
-"""Fusion training: our step on resident tables beside Hugging Face's Trainer and the usual DataLoader loop.
+"""Fusion training: our step on resident tables beside transformers' Trainer and the usual DataLoader loop.
 
     python -m studies.benchmarks.fusion_training
     python -m studies.benchmarks.fusion_training --device cuda --compile
 
-All train the same model (variant hierarchical, 13.46 M parameters) from the same weights with the same loss, AdamW,
-gradient clipping, dropout and modality dropout, batch for batch. On a CPU a round is a few steps and an epoch is
-extrapolated; on CUDA a round is a whole epoch. The Trainer's start (a call with one step) is not counted. The
-rivals train the model with our layers, so that only the loop differs, and, as "plain layers", with the whole of
-attention, torch's own dropout, the branch's scale in front of its product and a list of experts, as one would write
-it first. Shares of the product rate count the products of our form, the fewest that the model needs.
+All rivals train the same model (variant hierarchical, 13.46 M parameters) from the same weights, with the same loss,
+AdamW, gradient clipping, dropout and modality dropout, on batches of the same size. On a CPU a round is a few steps,
+from which the time of an epoch is extrapolated; on CUDA a round is a whole epoch. The time that the Trainer needs to
+start (a call with one step) is not counted.
+
+Each rival trains the model twice: with our layers, so that only the loop differs, and with "plain layers", as one would
+write them first: full attention, torch's own dropout, the branch's scale before its product, and a list of experts.
+Shares of the product rate count the products of our form, the fewest that the model needs.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from contracts.errors import InputError, run_entry_point
-from contracts.workspace import REPOSITORY
+from studies.tables import RESULTS
 from training.settings import parse_settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fusion.target import Target
 
 
 @dataclass
 class FusionTrainingSettings:
     rows: int = 60_000
-    """rows of the table, all of them trained on"""
+    """Rows of the table; all of them are trained on."""
     batch_size: int = 256
-    """rows a step"""
+    """Rows per step."""
     steps: int = 12
-    """steps a round on a CPU"""
+    """Steps per round on a CPU."""
     rounds: int = 5
-    """times that every rival is measured, in turns"""
+    """Times that every rival is measured, in turns."""
     workers: int = 0
-    """processes that collate batches for the rivals; on two cores they only take time from the model"""
+    """Processes that collate batches for the rivals; on two cores they only take time from the model."""
     compile: bool = False
-    """also measure our step compiled, on CUDA as a graph"""
+    """Also measure our step compiled, on CUDA as a graph."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """where to compute"""
+    """Where to compute."""
     quick: bool = False
-    """2,000 rows, two steps, one round: does it run?"""
-    out: str = str(REPOSITORY / "studies" / "results" / "fusion_training.json")
-    """json file to write"""
+    """Use 2,000 rows, two steps and one round, to see that it runs."""
+    out: Path = RESULTS / "fusion_training.json"
+    """Json file to write."""
 
     def __post_init__(self) -> None:
         if self.quick:
-            self.rows, self.steps, self.rounds = 2000, 2, 1
+            self.rows = 2000
+            self.steps = 2
+            self.rounds = 1
         if self.steps * self.batch_size > self.rows:
-            raise InputError(f"--steps {self.steps}: {self.rows} rows are fewer batches of {self.batch_size}")
+            raise InputError(
+                f"--steps {self.steps}: {self.rows} rows do not give so many batches of {self.batch_size}"
+            )
+
+
+class Contest:
+    """The table and the initial weights, and every rival that trains from them."""
+
+    def __init__(self, settings: FusionTrainingSettings):
+        import torch
+
+        from fusion.all_embeddings.config import AllEmbeddingsSettings
+        from fusion.all_embeddings.model import AllEmbeddings
+        from studies.benchmarks.fusion_rivals import WIDTHS, RowDicts, random_table
+
+        self.settings = settings
+        table = random_table(settings.rows)
+        self.row_dicts = RowDicts(table)
+        self.log_price = table.log_price
+        self.table = table.to(torch.device(settings.device))
+        steps_per_epoch = -(-settings.rows // settings.batch_size)
+        self.steps = settings.steps if settings.device == "cpu" else steps_per_epoch
+        # what an epoch prepares is counted for the steps that are measured; their rows lie all over the table
+        self.fit = torch.randperm(settings.rows)[: self.steps * settings.batch_size]
+        torch.manual_seed(0)
+        self.initial = AllEmbeddings(AllEmbeddingsSettings(), WIDTHS)
+
+    def model_and_target(self, compiled: bool = False) -> tuple[nn.Module, Target]:
+        """A model with the initial weights, ready to train."""
+        from fusion.all_embeddings.config import AllEmbeddingsSettings
+        from fusion.target import Target
+
+        training = AllEmbeddingsSettings(
+            batch_size=self.settings.batch_size, device=self.settings.device, compile=compiled
+        )
+        target = Target.of(training, self.log_price)
+        model = copy.deepcopy(self.initial)
+        model.set_output_bias(target.output_bias)
+        return model.to(self.settings.device).train(), target
+
+    def ours(self, compiled: bool = False) -> Callable[[], object]:
+        """A round of our own training."""
+        from fusion.loop import epoch_rows, train_epoch
+        from fusion.step import TrainingStep
+
+        model, target = self.model_and_target(compiled)
+        step = TrainingStep(model, self.table, target, target.settings)
+
+        def round_of_steps() -> float:
+            rows, visible = epoch_rows(self.table, self.fit, target.settings, epoch=1)
+            return train_epoch(step, rows, visible).item()
+
+        return round_of_steps
+
+    def rival(self, make: Callable, *, plain_layers: bool = False) -> Callable[[int], object]:
+        """train(steps) of a rival from `fusion_rivals`."""
+        from studies.benchmarks.fusion_rivals import ModelWithLoss, with_plain_layers
+
+        model, target = self.model_and_target()
+        if plain_layers:
+            model = with_plain_layers(model)
+        with_loss = ModelWithLoss(model, target)
+        return make(with_loss, self.row_dicts, target, self.settings.device, self.settings.workers)
+
+    def flop_per_step(self) -> int:
+        """FLOP of the matrix products that one step of ours runs, forward and backward."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        from fusion.step import TrainingStep
+
+        model, target = self.model_and_target()
+        step = TrainingStep(model, self.table, target, target.settings)
+        rows = self.fit[: self.settings.batch_size].to(self.settings.device)
+        visible = self.table.valid[: self.settings.batch_size]
+        with FlopCounterMode(display=False) as counter:
+            step(rows, visible)
+        return counter.get_total_flops()
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(FusionTrainingSettings, argv, description=__doc__.split("\n")[0])
-    import copy
-
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from fusion.all_embeddings.config import AllEmbeddingsSettings, build_model
-    from fusion.loop import Target, TrainingStep, epoch_rows, train_epoch
     from studies.benchmarks import measure
-    from studies.benchmarks.fusion_rivals import (
-        WIDTHS,
-        ModelWithLoss,
-        RowDicts,
-        loop_steps,
-        random_table,
-        trainer_steps,
-        with_plain_layers,
-    )
+    from studies.benchmarks.fusion_rivals import loop_steps, trainer_steps
 
-    table = random_table(settings.rows)
-    dataset = RowDicts(table)
-    on_device = table.to(torch.device(settings.device))
-    in_epoch = -(-settings.rows // settings.batch_size)
-    steps = settings.steps if settings.device == "cpu" else in_epoch
-    # what an epoch prepares is counted for the steps that are measured; their rows lie all over the table
-    fit = torch.randperm(settings.rows)[: steps * settings.batch_size]
-    torch.manual_seed(0)
-    initial = build_model(AllEmbeddingsSettings(), WIDTHS)
-
-    def start(compiled: bool = False) -> tuple[torch.nn.Module, Target]:
-        training = AllEmbeddingsSettings(
-            batch_size=settings.batch_size, device=settings.device, compile=compiled
-        )
-        target = Target.of(training, table.log_price)
-        model = copy.deepcopy(initial)
-        model.set_output_bias(target.output_bias)
-        return model.to(settings.device).train(), target
-
-    def ours(compiled: bool = False) -> Callable[[], object]:
-        model, target = start(compiled)
-        step = TrainingStep(model, on_device, target)
-
-        def work() -> object:
-            return train_epoch(step, *epoch_rows(on_device, fit, target.settings, epoch=1)).item()
-
-        return work
-
-    def rival(make: Callable, plain: bool) -> Callable[[int], object]:
-        model, target = start()
-        model = ModelWithLoss(with_plain_layers(model) if plain else model, target)
-        return make(model, dataset, target, settings.device, settings.workers)
-
-    trainer, plain_trainer = (rival(trainer_steps, plain) for plain in (False, True))
-    loop, plain_loop = (rival(loop_steps, plain) for plain in (False, True))
-    rivals = {"ours": ours()} | ({"ours compiled": ours(compiled=True)} if settings.compile else {})
+    contest = Contest(settings)
+    steps = contest.steps
+    trainer = contest.rival(trainer_steps)
+    plain_trainer = contest.rival(trainer_steps, plain_layers=True)
+    loop = contest.rival(loop_steps)
+    plain_loop = contest.rival(loop_steps, plain_layers=True)
+    rivals = {"ours": contest.ours()}
+    if settings.compile:
+        rivals["ours compiled"] = contest.ours(compiled=True)
     rivals |= {
         "Trainer": lambda: trainer(steps + 1),
         "Trainer, plain layers": lambda: plain_trainer(steps + 1),
@@ -114,29 +161,29 @@ def main(argv: list[str] | None = None) -> None:
         "DataLoader loop, plain layers": lambda: plain_loop(steps),
     }
     times = measure.interleave(rivals, rounds=settings.rounds)
-    start_up = times.pop("Trainer's start")
+    start = times.pop("Trainer's start")
     for name in ("Trainer", "Trainer, plain layers"):
-        times[name] = {kind: times[name][kind] - start_up[kind] for kind in start_up}
+        times[name] = {kind: seconds - start[kind] for kind, seconds in times[name].items()}
 
-    model, target = start()
-    with FlopCounterMode(display=False) as counter:  # the products that run, forward and backward
-        TrainingStep(model, on_device, target)(fit[: settings.batch_size].to(settings.device),
-                                               on_device.valid[: settings.batch_size])  # fmt: skip
+    flop = contest.flop_per_step()
     dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
-    limit = measure.gemm_rate(settings.device, dtype)
-    reference = times["ours compiled" if settings.compile and settings.device == "cuda" else "ours"]
+    gemm_rate = measure.gemm_rate(settings.device, dtype)
+    is_graph = settings.compile and settings.device == "cuda"
+    reference = times["ours compiled" if is_graph else "ours"]["median"]
     rows = []
     for name, seconds in times.items():
         step_seconds = seconds["median"] / steps
-        rows.append({
-            "rival": name,
-            "seconds_per_epoch": step_seconds * settings.rows / settings.batch_size,
-            "ms_per_step": 1000 * step_seconds,
-            "best_ms_per_step": 1000 * seconds["best"] / steps,
-            "ours_is_faster_by": seconds["median"] / reference["median"],
-            "gflop_per_step": counter.get_total_flops() / 1e9,
-            "share_of_gemm_rate": counter.get_total_flops() / step_seconds / limit,
-        })  # fmt: skip
+        rows.append(
+            {
+                "rival": name,
+                "seconds_per_epoch": step_seconds * settings.rows / settings.batch_size,
+                "ms_per_step": 1000 * step_seconds,
+                "best_ms_per_step": 1000 * seconds["best"] / steps,
+                "ours_is_faster_by": seconds["median"] / reference,
+                "gflop_per_step": flop / 1e9,
+                "share_of_gemm_rate": flop / step_seconds / gemm_rate,
+            }
+        )
     measure.report(settings.out, rows, settings.device)
 
 

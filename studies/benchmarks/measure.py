@@ -1,7 +1,7 @@
-"""How every benchmark measures: rivals take turns in one process, beside the machine's own limits.
+"""How every benchmark measures: rivals take turns in one process, beside the limits of the machine.
 
-Rounds are interleaved, so that a machine that slows down slows all rivals down. Best is what the code can do, median
-what a user sees; a ratio is one of medians.
+Rounds are interleaved, so a machine that slows down slows all rivals down. The best time is what the code can do, the
+median is what a user sees, and every ratio is one of medians.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import torch
 
 from contracts.files import write_json
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-
 
 def interleave(
     rivals: dict[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Run every rival once a round, in turns; seconds a call as {"best", "median"} for each.
+    """Run every rival once per round, in turns.
 
-    On CUDA the device is synchronised before and after every call.
+    Args:
+        rounds: timed rounds.
+        warmup: rounds before them that are not timed.
+
+    Returns:
+        For each rival the seconds per call as {"best", "median"}.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(warmup + rounds):
@@ -34,10 +37,11 @@ def interleave(
             elapsed = seconds_of(work)
             if number >= warmup:
                 seconds[name].append(elapsed)
-    return {name: {"best": min(all_), "median": statistics.median(all_)} for name, all_ in seconds.items()}
+    return {name: {"best": min(of), "median": statistics.median(of)} for name, of in seconds.items()}
 
 
 def seconds_of(work: Callable[[], object]) -> float:
+    """Wall time of one call. On CUDA, what was queued before it is finished first, and what it queues is included."""
     _synchronise()
     started = time.perf_counter()
     work()
@@ -51,24 +55,32 @@ def _synchronise() -> None:
 
 
 def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a large square matrix product on this machine: the limit of everything built from products."""
+    """FLOP/s of a large square matrix product on this machine: the limit of everything that is built from products."""
     size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     repeats = 20
-    times = interleave({"gemm": lambda: [a @ b for _ in range(repeats)]}, rounds=5, warmup=2)
-    return 2 * size**3 * repeats / times["gemm"]["best"]
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+
+    def products() -> None:
+        for _ in range(repeats):
+            a @ b
+
+    times = interleave({"gemm": products}, rounds=5, warmup=2)
+    flop = 2 * size**3 * repeats
+    return flop / times["gemm"]["best"]
 
 
 def copy_bandwidth(device: str = "cpu") -> float:
-    """Bytes/s read plus written by a copy of 256 MiB (1 GiB on CUDA)."""
-    source = torch.ones((2**28 if device == "cuda" else 2**26), device=device)
+    """Bytes/s, read plus written, of a copy of 256 MiB (1 GiB on CUDA)."""
+    numbers = 2**28 if device == "cuda" else 2**26
+    source = torch.ones(numbers, device=device)
     target = torch.empty_like(source)
     times = interleave({"copy": lambda: target.copy_(source)}, rounds=7, warmup=2)
     return 2 * source.nbytes / times["copy"]["best"]
 
 
 def machine(device: str = "cpu") -> dict[str, object]:
-    """What was measured on: hardware, versions, threads, and the limits as measured in this run."""
+    """What was measured on: hardware, versions, threads, and the machine's limits as measured in this run."""
     on_gpu = device == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     return {
@@ -83,24 +95,30 @@ def machine(device: str = "cpu") -> dict[str, object]:
 
 
 def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].split(":")[1].strip() if names else platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
 
 
-def report(out: str | Path, rows: list[dict[str, object]], device: str = "cpu") -> None:
-    """Print the rows of a benchmark and write them as json, with the command and the machine."""
-    write_json(
-        Path(out),
-        {"command": "python -m " + " ".join([_module(), *sys.argv[1:]]), "machine": machine(device), "rows": rows},
-    )  # fmt: skip
+def report(out: Path, rows: list[dict[str, object]], device: str = "cpu", **facts: object) -> None:
+    """Print the rows of a benchmark and write them as json, with the command, the machine and other `facts`."""
+    content = {"command": _command(), "machine": machine(device), **facts, "rows": rows}
+    write_json(out, content)
     for row in rows:
-        print("  ".join(f"{key} {_short(value)}" for key, value in row.items()))
+        print(in_one_line(row))
     print(out)
 
 
-def _module() -> str:
-    return f"studies.benchmarks.{Path(sys.argv[0]).stem}"
+def _command() -> str:
+    module = f"studies.benchmarks.{Path(sys.argv[0]).stem}"
+    return " ".join(["python", "-m", module, *sys.argv[1:]])
 
 
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def in_one_line(row: dict[str, object]) -> str:
+    """A row for people: names and values, numbers with four digits."""
+    parts = []
+    for name, value in row.items():
+        written = f"{value:.4g}" if isinstance(value, float) else str(value)
+        parts.append(f"{name} {written}")
+    return "  ".join(parts)

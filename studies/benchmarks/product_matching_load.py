@@ -1,17 +1,15 @@
-"""Load test of the matching service over loopback: p95 latency and requests a second.
+"""Load test of the matching service over loopback: latency and requests per second.
 
-    python -m studies.benchmarks.product_matching_load --model FOLDER --pairs ../shared/data/matching/walmart_amazon \\
-        --out studies/results/product_matching_load.json
+    python -m studies.benchmarks.product_matching_load --model FOLDER --pairs ../shared/data/matching/walmart_amazon
 
-Starts `product_matching.api` as its own process on 127.0.0.1, sends real left-hand titles from 1 and from 8
-clients, and stops it again. The number of requests and the time are both bounded.
+It starts `product_matching.api` as its own process on 127.0.0.1, sends real left-hand titles from 1 and from 8 clients,
+and stops it again. The number of requests and the time are both bounded.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -27,63 +25,75 @@ from pathlib import Path
 import numpy as np
 
 from contracts.errors import InputError, run_entry_point
-from contracts.files import write_json
+from studies.tables import RESULTS
 from training.settings import parse_settings
+
+HOST = "127.0.0.1"
+CLIENTS = (1, 8)
+RECORDS_PER_TITLE = 5
+START_SECONDS = 120
+"""How long the service may take until it answers."""
+STOP_SECONDS = 20
+REQUEST_SECONDS = 30
+"""How long one answer may take."""
 
 
 @dataclass
 class LoadSettings:
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """encoder: hub id or local folder"""
-    pairs: str = "catalogues"
-    """folder with labelled pairs: the right records are indexed, the left titles asked"""
+    """Encoder: hub id or local folder."""
+    pairs: Path = Path("catalogues")
+    """Folder with labelled pairs: the right records are indexed, the left titles are asked for."""
     requests: int = 400
-    """most requests a setting"""
+    """Most requests for each number of clients."""
     seconds: float = 30.0
-    """most time a setting"""
-    out: str = "studies/results/product_matching_load.json"
-    """json file to write"""
+    """Most seconds for each number of clients."""
+    out: Path = RESULTS / "product_matching_load.json"
+    """Json file to write."""
 
 
 @contextmanager
 def service(index: Path) -> Iterator[int]:
-    """Run the service on a free loopback port; yields the port when /health answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "product_matching.api",
-        "--index",
-        str(index),
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-    ]
-    process = subprocess.Popen(command)
+    """Run the service on a free loopback port; yields the port once /health answers."""
+    port = free_port()
+    address = ["--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "product_matching.api", "--index", str(index), *address]
+    )
     try:
-        for _ in range(240):
-            if process.poll() is not None:
-                raise InputError(f"the service ended with code {process.returncode}")
-            try:
-                ask(port, "GET", "/health")
-                break
-            except OSError:
-                time.sleep(0.5)
-        else:
-            raise InputError("the service did not answer within 120 s")
+        wait_until_healthy(process, port)
         yield port
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=STOP_SECONDS)
 
 
-def ask(
-    port: int, method: str, path: str, content: object = None, connection: HTTPConnection | None = None
-) -> dict:
-    connection = connection or HTTPConnection("127.0.0.1", port, timeout=30)
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def wait_until_healthy(process: subprocess.Popen, port: int) -> None:
+    """Raises InputError when the service ends or does not answer in time."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise InputError(f"the service ended with code {process.returncode}")
+        try:
+            ask(connect(port), "GET", "/health")
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise InputError(f"the service did not answer within {START_SECONDS} s")
+
+
+def connect(port: int) -> HTTPConnection:
+    return HTTPConnection(HOST, port, timeout=REQUEST_SECONDS)
+
+
+def ask(connection: HTTPConnection, method: str, path: str, content: object = None) -> dict:
+    """The answer to one request. Raises InputError for any status but 200."""
     connection.request(method, path, json.dumps(content) if content else None)
     answer = connection.getresponse()
     body = json.loads(answer.read())
@@ -93,20 +103,23 @@ def ask(
 
 
 def load(port: int, titles: list[str], clients: int, requests: int, seconds: float) -> dict[str, float]:
-    """Each client keeps one connection and sends its next title when the last one was answered."""
+    """Figures of one load. Each client keeps one connection and sends its next title when the last was answered."""
     latency: list[float] = []
-    started, turn, lock = time.perf_counter(), iter(range(requests)), threading.Lock()
+    turn = iter(range(requests))
+    lock = threading.Lock()
+    started = time.perf_counter()
 
     def client() -> None:
-        connection = HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = connect(port)
         while time.perf_counter() - started < seconds:
             with lock:
                 number = next(turn, None)
             if number is None:
-                break
-            begin = time.perf_counter()
-            ask(port, "POST", "/match", {"title": titles[number % len(titles)], "k": 5}, connection)
-            latency.append(time.perf_counter() - begin)
+                return
+            title = titles[number % len(titles)]
+            sent = time.perf_counter()
+            ask(connection, "POST", "/match", {"title": title, "k": RECORDS_PER_TITLE})
+            latency.append(time.perf_counter() - sent)
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
@@ -114,35 +127,47 @@ def load(port: int, titles: list[str], clients: int, requests: int, seconds: flo
     for thread in threads:
         thread.join()
     elapsed = time.perf_counter() - started
-    p50, p95 = (float(value) for value in np.quantile(latency, [0.5, 0.95]))
-    return {"clients": clients, "requests": len(latency), "requests_per_second": round(len(latency) / elapsed, 1),
-            "p50_ms": round(1000 * p50, 1), "p95_ms": round(1000 * p95, 1)}  # fmt: skip
+    return {
+        "clients": clients,
+        "requests": len(latency),
+        "requests_per_second": round(len(latency) / elapsed, 1),
+        "p50_ms": round(1000 * float(np.quantile(latency, 0.5)), 1),
+        "p95_ms": round(1000 * float(np.quantile(latency, 0.95)), 1),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse_settings(LoadSettings, argv, description="Load-test the matching service on loopback.")
+    settings = parse_settings(LoadSettings, argv, description=__doc__.split("\n")[0])
     from product_matching import index
     from product_matching.pairs import read_pairs, write_pairs
+    from studies.benchmarks.measure import report
 
     pairs = read_pairs(settings.pairs)
     titles = pairs.left["title"].tolist()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         write_pairs(folder, pairs)
-        catalogue, place = str(Path(folder) / "right.csv"), Path(folder) / "index"
-        built = index.main(
-            ["build", "--catalogue", catalogue, "--model", settings.model, "--index", str(place)]
-        )
-        with service(place) as port:
-            load(port, titles, 2, 20, 10)  # warm up
-            results = [load(port, titles, clients, settings.requests, settings.seconds) for clients in (1, 8)]
-    for row in results:
-        print(row)
-    write_json(settings.out, {
-        "command": "python -m studies.benchmarks.product_matching_load", "catalogue_rows": built.meta["rows"],
-        "index": built.meta["kind"], "cores": os.cpu_count(), "machine": platform.machine(),
-        "load_average": os.getloadavg()[0], "results": results,
-    })  # fmt: skip
+        catalogue = folder / "right.csv"
+        of_index = [
+            "--catalogue",
+            str(catalogue),
+            "--model",
+            settings.model,
+            "--index",
+            str(folder / "index"),
+        ]
+        built = index.main(["build", *of_index])
+        with service(folder / "index") as port:
+            load(port, titles, clients=2, requests=20, seconds=10)  # warm-up
+            rows = [load(port, titles, clients, settings.requests, settings.seconds) for clients in CLIENTS]
+    report(
+        settings.out,
+        rows,
+        catalogue_rows=built.meta["rows"],
+        index=built.meta["kind"],
+        load_average=os.getloadavg()[0],
+    )
 
 
 if __name__ == "__main__":
-    run_entry_point(lambda: main(sys.argv[1:]))
+    run_entry_point(main)

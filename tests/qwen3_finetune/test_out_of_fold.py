@@ -144,6 +144,7 @@ def test_a_second_extraction_does_nothing_unless_the_texts_changed(out_of_fold, 
     assert "up to date" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_its_next_part(out_of_fold, tmp_path, capsys, killed_at):
     shutil.copytree(out_of_fold / "data", tmp_path / "data")
     command = [*QUICK, "--folds", "2", "--run", "oof", "--workspace", str(tmp_path)]

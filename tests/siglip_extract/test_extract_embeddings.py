@@ -17,7 +17,8 @@ from contracts.files import read_json, write_json
 from contracts.splits import leaked_folds
 from contracts.workspace import SIGLIP_IMAGE, Workspace
 from siglip_extract.config import PRESETS, Settings
-from siglip_extract.extract_embeddings import NAMES, Texts, load_tower, main, pictures
+from siglip_extract.encoder import NAMES, Encoder
+from siglip_extract.extract_embeddings import main, open_encoder
 from training.extraction import ShardedExtraction
 from training.pictures import open_picture
 
@@ -120,7 +121,7 @@ def test_empty_text_is_invalid(done):
 def test_embeddings_do_not_depend_on_neighbours(done):
     """Every row alone, straight through its tower, gives what the batches gave."""
     table = done.prepared("train")
-    image, text = towers(done)
+    image, text = (encoder.tower for encoder in encoders(done))
     of_pictures, of_texts = embedded(done, "image"), embedded(done, "text")
     for row in range(6, 20):
         alone = text.encode_batch(text.prepare([table["text"][row]]))[0]
@@ -131,16 +132,71 @@ def test_embeddings_do_not_depend_on_neighbours(done):
             np.testing.assert_allclose(of_pictures.embeddings[row], alone, atol=1e-5)
 
 
-def towers(workspace):
-    settings = Settings(**{**PRESETS["tiny"], "preset": "tiny", "workspace": workspace.root})
-    return load_tower("image", settings), load_tower("text", settings)
+def encoders(workspace):
+    settings = Settings(**{**PRESETS["tiny"], "preset": "tiny", "device": "cpu", "workspace": workspace.root})
+    return open_encoder("image", settings), open_encoder("text", settings)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_further_table_is_embedded_by_command_and_by_encoder(done, tmp_path, tower):
+    """The encoder is opened again from what the file of train says, in a process that knows nothing else."""
+    workspace = copy_workspace(done.root, tmp_path)
+    shutil.copytree(done.path("run", name="siglip_extract"), workspace.path("run", name="siglip_extract"))
+    of_train = embedded(workspace, tower)
+    table = workspace.prepared("train").iloc[20:2:-1].drop(columns="price")
+    table.to_csv(workspace.path("prepared", split="new"), index=False)
+    run(workspace, "new", "--tower", tower)
+    content = embedded(workspace, tower, "new")
+    assert content.sample_ids.tolist() == table["sample_id"].tolist()
+    assert content.meta["checkpoint"] == of_train.meta["checkpoint"]
+    of_train_rows = align(embedded(workspace, tower), content.sample_ids)
+    assert np.array_equal(content.valid, of_train_rows.valid) and not content.valid.all()
+    np.testing.assert_allclose(content.embeddings, of_train_rows.embeddings, atol=1e-5)
+
+    assert of_train.meta["stage"] == "siglip_extract"
+    folder = workspace.path("run", name="siglip_extract")
+    encoder = Encoder.open(**of_train.meta["run"], folder=folder, device="cpu", batch_size=7)
+    encoded = encoder.encode(workspace.prepared("new"), workspace.images_folder())
+    np.testing.assert_allclose(encoded.embeddings, content.embeddings, atol=1e-5)
+    assert np.array_equal(encoded.valid, content.valid) and encoded.width == encoder.width
+    assert encoded.meta.items() <= content.meta.items()
+    assert list(encoder.reasons) == content.sample_ids[~content.valid].tolist()
+    alone = encoder.encode(workspace.prepared("new").iloc[[4]], workspace.images_folder())
+    np.testing.assert_allclose(alone.embeddings[0], content.embeddings[4], atol=1e-5)
+
+
+def test_an_encoder_rounds_as_the_file_and_leaves_random_numbers_alone(done):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    encoder = Encoder.open("tiny", kind="image", random_weights=True, seed=1, device="cpu")
+    assert torch.equal(torch.rand(3), expected)
+    encoded = encoder.encode(done.prepared("test").head(8), done.images_folder())
+    assert encoded.embeddings.dtype == np.float16
+    whole = Encoder.open(**{**encoder.meta["run"], "storage": "float32"}, device="cpu")
+    exact = whole.encode(done.prepared("test").head(8), done.images_folder())
+    np.testing.assert_array_equal(encoded.embeddings, exact.embeddings.astype(np.float16))
+
+
+def test_the_tokenizer_is_that_of_train_whatever_is_prepared_later(done, tmp_path):
+    workspace = copy_workspace(done.root, tmp_path)
+    before = encoders(workspace)[1].meta
+    workspace.path("prepared", split="test").unlink()
+    assert encoders(workspace)[1].meta == before
+
+
+def test_a_table_that_was_not_prepared_is_one_line(done):
+    with pytest.raises(
+        InputError, match="prepared_absent.csv: no prepared table; run python -m data.prepare"
+    ):
+        run(done, "absent")
 
 
 def test_rows_can_be_sent_to_a_worker(done):
     """Where workers are not forked, as on macOS, they get the rows pickled."""
     table = done.prepared("train").iloc[6:12]
-    image, text = towers(done)
-    for rows in (pictures(table, done.images_folder(), image), Texts(table, text)):
+    for encoder in encoders(done):
+        rows = encoder.rows(table, done.images_folder())
         there = pickle.loads(pickle.dumps(rows))
         expected, reasons = rows.collate([rows[row] for row in range(6)])
         inputs, same_reasons = there.collate([there[row] for row in range(6)])
@@ -197,7 +253,7 @@ def test_kept_shards_are_made_again_when_an_input_changes(fresh):
     assert next(iterate_embeddings(path)).valid[0]
 
 
-def test_other_encoder_for_the_other_split_is_reported(done, fresh, capsys):
+def test_another_encoder_for_another_table_is_reported(done, fresh, capsys):
     shutil.copytree(done.root / "data" / "embeddings", fresh.root / "data" / "embeddings")
     run(fresh, "test", "--tower", "image")
     assert "warning" not in capsys.readouterr().err

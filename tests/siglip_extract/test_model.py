@@ -10,6 +10,7 @@ guard_torchvision()
 from transformers import (  # noqa: E402
     CLIPVisionConfig,
     CLIPVisionModel,
+    PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
@@ -22,7 +23,7 @@ from siglip_extract.model import (  # noqa: E402
     image_tower,
     text_config,
     text_tower,
-    trained_tokenizer,
+    train_tokenizer,
     vision_config,
 )
 
@@ -38,7 +39,11 @@ def checkpoint(tmp_path_factory):
     model = SiglipModel(SiglipConfig(vision_config=vision_config("tiny"), text_config=text_config("tiny")))
     model.save_pretrained(folder)
     SiglipImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.3] * 3).save_pretrained(folder)
-    trained_tokenizer(CORPUS, 4096, folder / "made").save_pretrained(folder)
+    tokenizer_file = str(train_tokenizer("tiny", CORPUS, folder / "made"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=tokenizer_file, eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
     return folder, model.eval()
 
 
@@ -87,7 +92,8 @@ def test_odd_picture_shapes(size):
 
 
 def test_texts_are_padded_to_64_tokens_whatever_their_neighbours(tmp_path):
-    tower = text_tower("tiny", random_weights=True, corpus=CORPUS, folder=tmp_path)
+    tokenizer_file = train_tokenizer("tiny", CORPUS, tmp_path)
+    tower = text_tower("tiny", random_weights=True, tokenizer_file=tokenizer_file)
     alone = tower.prepare(["Ground coffee"])
     beside = tower.prepare(["Ground coffee", " ".join(CORPUS)])
     assert alone.shape == (1, 64) and beside.shape == (2, 64)
@@ -98,21 +104,25 @@ def test_texts_are_padded_to_64_tokens_whatever_their_neighbours(tmp_path):
 
 
 def test_tokenizer_is_trained_once_per_corpus(tmp_path):
-    def files():
-        return {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    first = train_tokenizer("tiny", CORPUS, tmp_path)
+    before = first.stat().st_mtime_ns
+    assert train_tokenizer("tiny", CORPUS, tmp_path) == first and first.stat().st_mtime_ns == before
+    other = train_tokenizer("tiny", [*CORPUS, "another text"], tmp_path)
+    assert other != first and sorted(tmp_path.iterdir()) == sorted([first, other])
 
-    first = trained_tokenizer(CORPUS, 300, tmp_path)
-    before = files()
-    assert trained_tokenizer(CORPUS, 300, tmp_path).get_vocab() == first.get_vocab()
-    assert files() == before and len(first) <= 300
-    trained_tokenizer([*CORPUS, "another text"], 300, tmp_path)
-    assert len(files()) == 2
+
+def test_a_random_text_tower_without_its_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="absent.json: no such tokenizer"):
+        text_tower("tiny", random_weights=True, tokenizer_file=tmp_path / "absent.json")
+    with pytest.raises(InputError, match="needs the file of its tokenizer"):
+        text_tower("tiny", random_weights=True)
 
 
 def test_checkpoint_identifies_weights_and_vocabulary(tmp_path):
     def tower(seed, corpus=CORPUS):
         torch.manual_seed(seed)
-        return text_tower("tiny", random_weights=True, corpus=corpus, folder=tmp_path).checkpoint()
+        tokenizer_file = train_tokenizer("tiny", corpus, tmp_path)
+        return text_tower("tiny", random_weights=True, tokenizer_file=tokenizer_file).checkpoint()
 
     assert tower(0) == tower(0)
     assert len({tower(0), tower(1), tower(0, CORPUS[:5])}) == 3

@@ -132,8 +132,8 @@ def load_tokenizer_of(
     settings: TextExtractionSettings, spec: EncoderSpec, texts: list[str]
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that all rivals share. It appends an end token by itself where the pooling needs one."""
-    from qwen3_finetune.data import train_tokenizer
     from qwen3_finetune.backbone import load_tokenizer
+    from qwen3_finetune.data import train_tokenizer
 
     source = spec.tokenizer
     tokenizer = load_tokenizer(source) if source else train_tokenizer(texts, spec.config.vocab_size)

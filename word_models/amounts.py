@@ -14,6 +14,8 @@ TOTAL_EDGES = np.linspace(0, 10, 21)
 PACK_EDGES = np.log([1.5, 2.5, 3.5, 4.5, 6.5, 9, 12.5, 18, 30, 60])
 """Edges between the bins of the pack count: each between two common sizes, in ln of the count."""
 
+MIN_DEVIATION = 1e-6
+"""Added to a column's standard deviation, so that a constant column can be divided by it."""
 NOT_COMPARED = ("total_amount_by_kind", "pack_count_by_kind", "total_amount_bins", "pack_count_bins")
 """Columns that repeat others in a form that a linear model needs. A similarity compares the others only."""
 

@@ -16,7 +16,8 @@ from contracts.errors import InputError
 from contracts.splits import N_HOLDOUTS, roles
 from contracts.workspace import Workspace
 from word_models.config import MlpSettings
-from word_models.features import FeatureBuilder, Features, TermNames, with_meanings
+from word_models.facts import fact_kinds
+from word_models.features import FeatureBuilder, Features, TermNames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,19 +33,24 @@ ROWS_AT_ONCE = 256
 
 @dataclass
 class Catalogue:
-    """Both prepared tables with their features, in the same order."""
+    """The prepared tables with their features, in the same order."""
 
     tables: dict[str, pd.DataFrame]
-    """by split; the training table has a column `fold`"""
+    """"train", which has a column `fold`, and "test", which has no rows where the catalogue has no test table"""
     features: dict[str, Features]
     builder: FeatureBuilder
     names: TermNames
 
     @classmethod
     def read(cls, workspace: Workspace) -> Catalogue:
-        tables = {"train": workspace.training_table(), "test": workspace.prepared("test")}
-        builder = FeatureBuilder(tables["train"])
-        features = with_meanings(builder, **tables)
+        train = workspace.training_table()
+        has_test = workspace.path("prepared", split="test").is_file()
+        test = workspace.prepared("test") if has_test else train.iloc[:0]
+        tables = {"train": train, "test": test}
+        builder = FeatureBuilder.fit(train, [test], facts=fact_kinds(workspace))
+        features = {"train": builder(train)}
+        if has_test:
+            features["test"] = builder(test)
         return cls(tables, features, builder, builder.term_names())
 
     @property

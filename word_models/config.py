@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from contracts.errors import InputError
 from contracts.workspace import REPOSITORY
@@ -16,12 +17,14 @@ MIN_BINS = 3
 class MlpSettings:
     """What training the sparse MLP needs, for prices as for explanations."""
 
+    RENAMED: ClassVar[dict[str, str | None]] = {"epochs": None}
     workspace: str = str(REPOSITORY)
     """Folder with data/; results are written there."""
     seeds: int = 4
     """Number of models, fitted from different random seeds, whose predictions are averaged."""
-    epochs: int = 6
-    """Passes of the MLP over the fitted rows; the batch size doubles after each of the first three."""
+    updates: int = 150
+    """Least number of optimizer steps of the MLP. Six passes over a few thousand rows take more; fewer rows are passed
+    over more often."""
     hidden: int = 128
     """Width of the MLP's first layer; the later layers have half of it."""
     lr: float = 1e-3
@@ -32,7 +35,7 @@ class MlpSettings:
     """The first of the random seeds."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "seeds", "epochs", "hidden", "lr")
+        _require_positive(self, "seeds", "updates", "hidden", "lr")
         if not 0 <= self.word_dropout < 1:
             raise InputError(f"--word-dropout {self.word_dropout}: must be at least 0 and below 1")
 
@@ -51,7 +54,7 @@ class WordModelSettings(MlpSettings):
     """Embedding files to use beside the word counts, such as qwen_text. They must be out of fold or come from a frozen
     encoder."""
     predictions: str = ""
-    """Name of the prediction files; empty means words_<model>_<embeddings>."""
+    """Name of the prediction files and of the folder under checkpoints/; empty means words_<model>_<embeddings>."""
     kernel_steps: int = 40
     """Optimizer steps in which the kernel learns its similarity."""
     trees: int = 500
@@ -64,6 +67,8 @@ class WordModelSettings(MlpSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "kernel_steps", "trees", "svd")
+        if self.predictions != Path(self.predictions).name:
+            raise InputError(f"--predictions {self.predictions}: must be a plain name, without a folder")
         if self.bins < MIN_BINS:
             raise InputError(f"--bins {self.bins}: a distribution needs at least {MIN_BINS}")
         for name in self.embeddings:

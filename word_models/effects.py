@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from contracts.catalog import FEATURE
 from word_models.attribution import Attribution, Catalogue
-from word_models.features import TERM_GROUPS, WORD, FeatureBuilder
+from word_models.features import CATEGORIES, TERM_GROUPS, FeatureBuilder
 from word_models.meanings import VIEWS
+from word_models.terms import WORD
 
 FIELD_OF_COLUMNS = {
     "total_amount": "total amount",
@@ -27,6 +29,8 @@ FIELD_OF_COLUMNS = {
     "title_length": "title length",
 }
 """The parsed field that each group of structural columns was made from."""
+NUMBERS = "numbers"
+"""The group of further facts that are numbers."""
 LENGTHS = ("text length", "title length")
 WORD_GROUPS = ("title words", "text words", "title pieces")
 """The groups that are single words, or parts of them."""
@@ -99,8 +103,8 @@ def _field_effects(
     fields = by_field(attribution, catalogue.columns)
     return pd.DataFrame(
         {
-            "label": [f"{field}: {field_value(product, field)}" for field in fields],
-            "group": ["lengths" if field in LENGTHS else "amounts" for field in fields],
+            "label": [f"{field.removeprefix(FEATURE)}: {field_value(product, field)}" for field in fields],
+            "group": [group_of_field(field) for field in fields],
             "contribution": [contribution[row] for contribution in fields.values()],
         }
     )
@@ -110,10 +114,17 @@ def by_field(attribution: Attribution, columns: dict[str, slice]) -> dict[str, n
     """The contribution of each parsed field, (n,) each: the sum over the columns that were made from it."""
     fields: dict[str, np.ndarray] = {}
     for name, where in columns.items():
-        field = FIELD_OF_COLUMNS[name]
+        field = FIELD_OF_COLUMNS.get(name, name)  # a further fact is a field of its own
         contribution = attribution.structural[:, where].sum(axis=1)
         fields[field] = fields.get(field, 0) + contribution
     return fields
+
+
+def group_of_field(field: str) -> str:
+    """ "lengths", "amounts", or NUMBERS for a further fact."""
+    if field in LENGTHS:
+        return "lengths"
+    return NUMBERS if field.startswith(FEATURE) else "amounts"
 
 
 def field_value(product: pd.Series, field: str) -> str:
@@ -124,6 +135,9 @@ def field_value(product: pd.Series, field: str) -> str:
         return f"{len(product['entity_name'])} characters"
     if field == "unit kind":
         return product["unit_kind"]
+    if field.startswith(FEATURE):
+        number = pd.to_numeric(product[field])
+        return "not stated" if pd.isna(number) else f"{number:,.6g}"
     value = product[field.replace(" ", "_")]
     if pd.isna(value):
         return "not stated"
@@ -138,12 +152,16 @@ def by_group(catalogue: Catalogue, attribution: Attribution) -> pd.DataFrame:
     Columns group, mean_abs_ln_price, percent (the same as a change of the price).
     """
     net = {}
+    has_categories = bool(np.any(catalogue.names.group == CATEGORIES))
     for group in TERM_GROUPS:
+        if group == CATEGORIES and not has_categories:
+            continue
         net[group] = attribution.terms @ (catalogue.names.group == group).astype(float)
     net["meanings"] = attribution.meanings.sum(axis=1)
     fields = by_field(attribution, catalogue.columns)
-    net["amounts"] = sum(values for field, values in fields.items() if field not in LENGTHS)
-    net["lengths"] = sum(values for field, values in fields.items() if field in LENGTHS)
+    for field, values in fields.items():
+        group = group_of_field(field)
+        net[group] = net.get(group, 0) + values
 
     size = np.array([np.abs(values).mean() for values in net.values()])
     frame = pd.DataFrame({"group": list(net), "mean_abs_ln_price": size, "percent": percent(size)})

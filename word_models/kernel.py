@@ -8,6 +8,11 @@ and the noise minimise the SMAPE of leave-one-out predictions, which kernel ridg
 (Rasmussen & Williams 2006, "Gaussian processes for machine learning", equation 5.12). They are learned by gradient
 descent on two samples of rows in turn.
 
+The exact form inverts one matrix of all pairs of fitted rows. Beyond `Sizes.exact` rows, the rows are cut into
+neighbourhoods of at most `Sizes.members` rows, and each is an exact regression of its own: leave-one-out stays closed,
+and time per row stays flat (`word_models.neighbourhoods` says how they are chosen). The similarity and the mean price
+are those of all rows.
+
 A second model learns where this one errs, from its prices and from what similar products cost (`Estimate`).
 
 Legend: n fitted rows, m asked rows, C comparisons (blocks, views, amounts), G sums, P powers.
@@ -16,6 +21,8 @@ Legend: n fitted rows, m asked rows, C comparisons (blocks, views, amounts), G s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -23,13 +30,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from contracts.errors import InputError
+from contracts.files import atomic_write, read_json, write_json
+from word_models.compared import ComparedRows
 from word_models.config import WordModelSettings
 from word_models.features import Features
 from word_models.loss import smape_fraction
-from word_models.surroundings import PRICE_COLUMNS, surroundings
+from word_models.neighbourhoods import SIZES, Sizes, nearest_centre, neighbourhoods
+from word_models.surroundings import COLUMNS, POWERS, PRICE_COLUMNS, surroundings
 
-MAX_ROWS = 30_000
-"""Fitted rows: a matrix of all pairs then takes 3.6 GB, and three of them are held."""
+SCHEMA = 1
+"""Version of the saved files."""
+
 ROWS_AT_ONCE = 1_024
 """Asked rows that are compared together with all fitted rows. The number bounds memory and changes no result."""
 
@@ -97,35 +108,24 @@ class Similarity:
         return gram + self.noise.exp() * torch.eye(len(gram))
 
 
-def differences(asked: Features, fit: Features) -> Tensor:
-    """How each asked row differs from each fitted row in each comparison, (C, m, n).
+def places(similarity: Similarity, rows: ComparedRows) -> np.ndarray:
+    """Where rows lie, (N, D) float32, so that half the squared distance is how much they differ in views and amounts.
 
-    Blocks of words and views of meaning differ by 1 − cosine, amounts by half the squared distance.
+    It is the exponent of the formula with the mean rate of all sums, weighted by their scales. Words do not enter: the
+    views stand for them, and a random projection of the words beside the views changed no score.
     """
-    from sklearn.preprocessing import normalize
-
-    cosines = []
-    for block in fit.compared_terms:
-        asked_terms = normalize(asked.terms[:, block])
-        fit_terms = normalize(fit.terms[:, block])
-        cosines.append((asked_terms @ fit_terms.T).toarray())  # (m, n)
-    for asked_view, fit_view in zip(asked.meanings, fit.meanings, strict=True):
-        cosines.append(asked_view @ fit_view.T)  # rows of a view have length 1 already
-
-    # filled in place: stacking a list would hold everything twice
-    found = torch.empty(len(cosines) + len(fit.compared_columns), len(asked), len(fit))
-    for position, cosine in enumerate(cosines):
-        found[position] = 1 - torch.from_numpy(cosine)
-    for position, name in enumerate(fit.compared_columns, start=len(cosines)):
-        asked_amount = torch.from_numpy(asked.columns_named(name))
-        fit_amount = torch.from_numpy(fit.columns_named(name))
-        # the default computes |a|² + |b|² − 2ab, which loses the small distances that matter
-        distance = torch.cdist(asked_amount, fit_amount, compute_mode="donot_use_mm_for_euclid_dist")
-        found[position] = distance.square_().mul_(0.5)
-    return found
+    weight = torch.softmax(similarity.scale, dim=0)  # (G,)
+    rate = (weight @ similarity.rate.exp()).sqrt().numpy()  # (C,)
+    columns = []
+    for position, view in enumerate(rows.views, start=len(rows.words)):
+        # 1 − cosine is half the squared distance of vectors of length 1
+        columns.append(rate[position] * view)
+    for position, amounts in enumerate(rows.amounts.values(), start=len(rows.words) + len(rows.views)):
+        columns.append(rate[position] * amounts)
+    return np.hstack(columns)
 
 
-def learn(settings: WordModelSettings, fit: Features, ln_price: np.ndarray) -> Similarity:
+def learn(settings: WordModelSettings, fit: ComparedRows, ln_price: np.ndarray) -> Similarity:
     """The similarity after `settings.kernel_steps` steps of Adam on the SMAPE of leave-one-out predictions.
 
     ln_price is (n,). Large catalogues are learned from two samples of SAMPLE_ROWS rows, small ones from two halves.
@@ -136,10 +136,10 @@ def learn(settings: WordModelSettings, fit: Features, ln_price: np.ndarray) -> S
     targets = []
     for half in np.array_split(shuffled, 2):
         sample = half[:SAMPLE_ROWS]
-        compared.append(differences(fit[sample], fit[sample]))  # (C, rows, rows), once and not per step
+        compared.append(fit[sample].differences(fit[sample]))  # (C, rows, rows), once and not per step
         targets.append(torch.from_numpy(ln_price[sample] - ln_price[sample].mean()).float())
 
-    similarity = Similarity.start(len(compared[0]), len(fit.compared_columns), settings.seed)
+    similarity = Similarity.start(len(compared[0]), len(fit.amounts), settings.seed)
     learned = [similarity.rate, similarity.scale, similarity.noise]
     for tensor in learned:
         tensor.requires_grad_()
@@ -183,55 +183,182 @@ class Estimate:
 @dataclass
 class KernelModel:
     similarity: Similarity
-    rows: Features
+    rows: ComparedRows
     """the n fitted rows"""
     ln_price: Tensor
     """(n,) float32 of the fitted rows"""
-    weights: Tensor
-    """(n,) of the fitted rows in every prediction"""
+    centres: np.ndarray
+    """(k, D) places: a new row is priced in the neighbourhood of the nearest one"""
+    members: list[np.ndarray]
+    """positions of the rows of each neighbourhood, k arrays"""
+    weights: list[Tensor]
+    """of the rows of each neighbourhood in every prediction, k tensors"""
     left_out: Estimate
-    """of each fitted row by all others"""
+    """of each fitted row by all others of the neighbourhood that it is at home in"""
 
     @classmethod
     def fit(
-        cls, settings: WordModelSettings, rows: Features, ln_price: np.ndarray, *, max_rows: int = MAX_ROWS
+        cls, settings: WordModelSettings, rows: Features, ln_price: np.ndarray, *, sizes: Sizes = SIZES
     ) -> KernelModel:
-        """Learn the similarity from `rows` and fit the regression to all of them, ln_price (n,).
+        """Learn the similarity from `rows` and fit the regression to all of them, ln_price (n,)."""
+        compared = ComparedRows.of(rows)
+        similarity = learn(settings, compared, ln_price)
+        return cls.with_similarity(similarity, compared, ln_price, sizes=sizes, seed=settings.seed)
 
-        Raises:
-            InputError: more than `max_rows` rows; the model holds matrices of all pairs.
-        """
-        if len(rows) > max_rows:
-            raise InputError(
-                f"--model {settings.model}: {len(rows)} rows to fit, but all pairs of rows are held in memory, which "
-                f"is limited to {max_rows} rows; use --model mlp or lightgbm"
-            )
-        similarity = learn(settings, rows, ln_price)
+    @classmethod
+    def with_similarity(
+        cls, similarity: Similarity, compared: ComparedRows, ln_price: np.ndarray, *, sizes: Sizes, seed: int
+    ) -> KernelModel:
+        """Fit the regression alone; `seed` is that of the neighbourhoods."""
+        count = len(compared)
         known = torch.from_numpy(ln_price).float()
-        gram, near = compare(similarity, rows, rows, known, leave_out_self=True)
-        inverse = torch.linalg.inv(similarity.with_noise(gram))
-        weights = inverse @ (
-            known - known.mean()
-        )  # ridge regression without an intercept needs centred prices
-        left_out_error = (weights / inverse.diagonal()).double().numpy()  # equation 5.12
-        left_out = Estimate.of(ln_price - left_out_error, near)
-        return cls(similarity, rows, known, weights, left_out)
+        found = neighbourhoods(places(similarity, compared), sizes, seed)
+
+        centres = []
+        members = []
+        weights = []
+        # every row is at home once; NaN would show one that is not
+        left_out_error = torch.full((count,), torch.nan)
+        near = torch.full((count, 2, len(POWERS), len(COLUMNS)), torch.nan)
+        for neighbourhood in tqdm(found, desc="neighbourhoods", leave=False, disable=len(found) == 1):
+            here = neighbourhood.members
+            at_home = here[-neighbourhood.home :]
+            fit = _fit_exactly if len(at_home) == count else _fit_neighbourhood
+            of_here, left_out_error[at_home], near[at_home] = fit(
+                similarity, compared[here], known[here], known.mean(), neighbourhood.home
+            )
+            if neighbourhood.centre is not None:
+                centres.append(neighbourhood.centre)
+                members.append(here)
+                weights.append(of_here)
+        left_out = Estimate.of(ln_price - left_out_error.double().numpy(), near)
+        return cls(similarity, compared, known, np.stack(centres), members, weights, left_out)
 
     def estimate(self, asked: Features, *, rows_at_once: int = ROWS_AT_ONCE) -> Estimate:
-        """What all fitted rows say of other rows."""
-        gram, near = compare(self.similarity, asked, self.rows, self.ln_price, rows_at_once=rows_at_once)
-        ln_price = self.ln_price.mean() + gram @ self.weights  # (m,)
+        """What the fitted rows say of other rows, each in the neighbourhood whose centre is nearest."""
+        compared = ComparedRows.of(asked)
+        nearest = nearest_centre(places(self.similarity, compared), self.centres)
+        ln_price = torch.empty(len(asked))
+        near = torch.empty(len(asked), 2, len(POWERS), len(COLUMNS))
+        for at in np.unique(nearest):
+            here = np.flatnonzero(nearest == at)
+            gram, near[here] = compare(
+                self.similarity, compared[here], self._rows(at), self.ln_price[self.members[at]],
+                rows_at_once=rows_at_once,
+            )  # fmt: skip
+            ln_price[here] = self.ln_price.mean() + gram @ self.weights[at]
         return Estimate.of(ln_price.double().numpy(), near)
+
+    def _rows(self, at: int) -> ComparedRows:
+        """The rows of a neighbourhood; the only one holds all rows in their order."""
+        return self.rows if len(self.members) == 1 else self.rows[self.members[at]]
+
+    def save(self, folder: Path) -> None:
+        """Write kernel.npz and kernel.json into `folder`."""
+        arrays = {
+            **self.rows.arrays(),
+            "ln_price": self.ln_price.numpy(),
+            "rate": self.similarity.rate.numpy(),
+            "scale": self.similarity.scale.numpy(),
+            "noise": self.similarity.noise.numpy(),
+            "centres": self.centres,
+            "members": np.concatenate(self.members),
+            "weights": torch.cat(self.weights).numpy(),
+            "member_counts": np.array([len(members) for members in self.members]),
+            "left_out_ln_price": self.left_out.ln_price,
+            "left_out_surroundings": self.left_out.surroundings,
+        }
+        with atomic_write(folder / "kernel.npz", "wb") as file:
+            np.savez(file, **arrays)
+        content = {
+            "schema": SCHEMA,
+            "rows": len(self.rows),
+            "blocks": len(self.rows.words),
+            "views": len(self.rows.views),
+            "amounts": list(self.rows.amounts),
+        }
+        write_json(folder / "kernel.json", content)
+
+    @classmethod
+    def load(cls, folder: Path) -> KernelModel:
+        """The model that `save` wrote.
+
+        Raises:
+            InputError: a file is absent or damaged, or was written by another version.
+        """
+        content = read_json(folder / "kernel.json")
+        if content.get("schema") != SCHEMA:
+            raise InputError(
+                f"{folder}/kernel.json: written in format {content.get('schema')}, but this version reads {SCHEMA}; "
+                "fit the model again"
+            )
+        try:
+            with np.load(folder / "kernel.npz", allow_pickle=False) as file:
+                arrays = dict(file)
+        except (OSError, EOFError, ValueError, BadZipFile) as error:
+            raise InputError(f"{folder}/kernel.npz: not readable ({error}); fit the model again") from None
+        rows = ComparedRows.from_arrays(
+            arrays, blocks=content["blocks"], views=content["views"], amounts=content["amounts"]
+        )
+        counts = arrays["member_counts"].tolist()
+        return cls(
+            Similarity(*(torch.from_numpy(arrays[name]) for name in ("rate", "scale", "noise"))),
+            rows,
+            torch.from_numpy(arrays["ln_price"]),
+            arrays["centres"],
+            np.split(arrays["members"], np.cumsum(counts)[:-1]),
+            list(torch.from_numpy(arrays["weights"]).split(counts)),
+            Estimate(arrays["left_out_ln_price"], arrays["left_out_surroundings"]),
+        )
+
+
+def _fit_exactly(
+    similarity: Similarity, rows: ComparedRows, ln_price: Tensor, mean: Tensor, home: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_fit_neighbourhood`, for a single neighbourhood that is home to all n rows."""
+    gram, near = compare(similarity, rows, rows, ln_price, first_self=0)
+    inverse = torch.linalg.inv(similarity.with_noise(gram))
+    weights = inverse @ (ln_price - mean)
+    return weights, weights / inverse.diagonal(), near  # equation 5.12
+
+
+@torch.no_grad()
+def _fit_neighbourhood(
+    similarity: Similarity, rows: ComparedRows, ln_price: Tensor, mean: Tensor, home: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel ridge regression on the n rows of a neighbourhood, of which the last `home` ones are at home.
+
+    It does what `_fit_exactly` does in half the time, because only the rows at home are left out.
+
+    Returns:
+        The weights (n,) of the rows, and of the rows at home the leave-one-out errors (home,) and the surroundings.
+    """
+    first = len(rows) - home
+    gram = torch.zeros(len(rows), len(rows))
+    # the factorisation reads only the lower triangle, so slabs end at the diagonal
+    for slab in np.array_split(np.arange(first), -(-first // ROWS_AT_ONCE)):
+        seen = np.arange(slab[-1] + 1)
+        gram[slab[0] : slab[-1] + 1, : len(seen)] = similarity(rows[slab].differences(rows[seen]))
+    at_home = rows[np.arange(first, len(rows))]
+    gram[first:], near = compare(similarity, at_home, rows, ln_price, first_self=first)
+
+    lower = torch.linalg.cholesky(similarity.with_noise(gram))
+    # ridge regression without an intercept needs centred prices
+    weights = torch.cholesky_solve((ln_price - mean)[:, None], lower)[:, 0]
+    # the last rows and columns of the inverse are the inverse of the factor's last block times its transpose
+    block_inverse = torch.linalg.solve_triangular(lower[first:, first:], torch.eye(home), upper=False)
+    diagonal = block_inverse.square().sum(dim=0)
+    return weights, weights[first:] / diagonal, near  # equation 5.12
 
 
 @torch.no_grad()
 def compare(
     similarity: Similarity,
-    asked: Features,
-    fit: Features,
+    asked: ComparedRows,
+    fit: ComparedRows,
     ln_price: Tensor,
     *,
-    leave_out_self: bool = False,
+    first_self: int | None = None,
     rows_at_once: int = ROWS_AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
     """The kernel (m, n), and the surroundings (m, 2, P, 4) by everything and by words alone.
@@ -240,22 +367,23 @@ def compare(
         similarity: what was learned.
         asked: m rows.
         fit: n rows with their ln_price (n,).
-        leave_out_self: the asked rows are the fitted ones, and none may see its own price in its surroundings.
+        first_self: position of the first asked row among the fitted rows, if the asked rows are fitted rows in the same
+            order; none of them may see its own price in its surroundings.
         rows_at_once: asked rows that are compared together.
     """
-    similarities = (similarity, similarity.of_words(len(fit.compared_columns)))
+    similarities = (similarity, similarity.of_words(len(fit.amounts)))
     fit_amount = torch.from_numpy(fit.amount)
     asked_amount = torch.from_numpy(asked.amount)
     grams = []
     near = []
     for slab in torch.arange(len(asked)).split(rows_at_once):
-        compared = differences(asked[slab.numpy()], fit)  # (C, rows, n)
+        compared = asked[slab.numpy()].differences(fit)  # (C, rows, n)
         grams.append(similarity(compared))
         by_similarity = []
         for one in similarities:
             log_similarity = one.log(compared)
-            if leave_out_self:
-                log_similarity[torch.arange(len(slab)), slab] = -torch.inf  # a weight of 0
+            if first_self is not None:
+                log_similarity[torch.arange(len(slab)), first_self + slab] = -torch.inf  # a weight of 0
             by_similarity.append(surroundings(log_similarity, ln_price, fit_amount, asked_amount[slab]))
         near.append(torch.stack(by_similarity, dim=1))  # (rows, 2, P, 4)
     return torch.cat(grams), torch.cat(near)

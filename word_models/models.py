@@ -1,24 +1,25 @@
-"""One function per model: fit it on some rows, predict others. All prices are natural logarithms (ln price).
+"""The models: each is fitted on some rows, prices others, and can be saved. All prices are natural logarithms.
 
-Legend: n rows to fit, m rows to predict.
+Legend: n rows to fit, m rows to predict, V terms, S + D dense columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import scipy.sparse as sparse
 
 from word_models.config import WordModelSettings
 from word_models.features import MIN_DEVIATION, Features
+from word_models.neighbours import Neighbours
+from word_models.trees import CORRECTION_TREES, PRICE_TREES, TreeEnsemble
 
 if TYPE_CHECKING:
-    from word_models.kernel import Estimate
-
-FitPredict = Callable[[WordModelSettings, Features, np.ndarray, Features], np.ndarray]
-"""(settings, n rows to fit, their ln price (n,), m rows to predict) → ln price (m,)"""
+    from word_models.kernel import Estimate, KernelModel
+    from word_models.sparse_mlp import FittedMlp
 
 RIDGE_PENALTY = 2.0
 RIDGE_DENSE_STRENGTH = 0.3
@@ -27,228 +28,290 @@ larger than TF-IDF weights."""
 RIDGE_TOLERANCE = 1e-4
 """Relative error at which the iterative solver stops; it is far below the noise of prices."""
 
-NEIGHBOURS = 20
-NEIGHBOUR_POWER = 4
-"""A neighbour's weight is its similarity to this power: near ones count far more than the twentieth."""
-NEIGHBOUR_MIN_WEIGHT = 1e-9
-"""Weight of a neighbour without a common term. If all are such, their plain mean is the answer."""
-ROWS_AT_ONCE = 512
-"""Asked rows that are compared together with all fitted rows. The number bounds memory."""
-
-TREES = {
-    # the absolute error: for small errors SMAPE is about 100·|ln p − ln a|
-    "objective": "regression_l1",
-    # draw the rows of `subsample` anew for each tree; at 0, the default, LightGBM ignores `subsample`
-    "subsample_freq": 1,
-    # 0 obeys OMP_NUM_THREADS; the default takes every core, whatever else runs there
-    "n_jobs": 0,
-    "verbose": -1,
-}
-"""What all LightGBM models have in common."""
-PRICE_TREES = TREES | {
-    "learning_rate": 0.03,
-    "num_leaves": 31,
-    "min_child_samples": 20,
-    "colsample_bytree": 0.3,
-    "subsample": 0.8,
-    "reg_lambda": 1.0,
-}
-CORRECTION_TREES = TREES | {
-    "learning_rate": 0.02,
-    "num_leaves": 12,
-    "min_child_samples": 40,
-    "colsample_bytree": 0.2,
-    "subsample": 0.7,
-    "reg_lambda": 5.0,
-}
-"""Smaller and more strongly regularised than PRICE_TREES: most of the error that the kernel leaves is noise."""
-
 KERNEL_PRICE_STRENGTH = 2
 """Standard deviation of the kernel's price as an input of the MLP. The other inputs have 1; none says as much as it."""
 
 
-def ridge(settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
-    """Ridge regression on terms, amounts and meanings."""
-    from sklearn.linear_model import Ridge
+class Model(Protocol):
+    """What every model can do."""
 
+    @classmethod
+    def fit(cls, settings: WordModelSettings, features: Features, ln_price: np.ndarray) -> Self:
+        """Fit to n rows with ln_price (n,)."""
+
+    def predict(self, features: Features) -> np.ndarray:
+        """ln price (m,) float64 of m rows. A row's price does not depend on the other rows."""
+
+    def save(self, folder: Path) -> None:
+        """Write the fitted model into an existing folder."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The model that `save` wrote; it predicts the same prices."""
+
+
+@dataclass
+class Ridge:
+    """Ridge regression on terms, amounts and meanings."""
+
+    coefficients: np.ndarray
+    """(V + S + D,)"""
+    intercept: float
+
+    @staticmethod
     def columns(features: Features) -> sparse.csr_matrix:
+        """(n, V + S + D)"""
         dense = sparse.csr_matrix(features.dense * RIDGE_DENSE_STRENGTH)
         return sparse.hstack([features.terms, dense], format="csr")
 
-    model = Ridge(alpha=RIDGE_PENALTY, solver="sparse_cg", tol=RIDGE_TOLERANCE)
-    return model.fit(columns(fit), ln_price).predict(columns(apply))
+    @classmethod
+    def fit(cls, settings: WordModelSettings, features: Features, ln_price: np.ndarray) -> Ridge:
+        from sklearn.linear_model import Ridge as RidgeRegression
+
+        model = RidgeRegression(alpha=RIDGE_PENALTY, solver="sparse_cg", tol=RIDGE_TOLERANCE)
+        model.fit(cls.columns(features), ln_price)
+        # the features are float32, and so is what scikit-learn returns; sums of many terms need more digits
+        return cls(model.coef_.astype(np.float64), float(model.intercept_))
+
+    def predict(self, features: Features) -> np.ndarray:
+        return self.columns(features) @ self.coefficients + self.intercept
+
+    def save(self, folder: Path) -> None:
+        np.savez(folder / "ridge.npz", coefficients=self.coefficients, intercept=self.intercept)
+
+    @classmethod
+    def load(cls, folder: Path) -> Ridge:
+        with np.load(folder / "ridge.npz") as arrays:
+            return cls(arrays["coefficients"], float(arrays["intercept"]))
 
 
-def kernel(settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
+@dataclass
+class Kernel:
     """Kernel ridge regression with a learned similarity (`word_models.kernel`)."""
-    _, predicted = kernel_estimates(settings, fit, ln_price, apply)
-    return predicted.ln_price
+
+    kernel: KernelModel
+
+    @classmethod
+    def fit(cls, settings: WordModelSettings, features: Features, ln_price: np.ndarray) -> Kernel:
+        from word_models.kernel import KernelModel
+
+        return cls(KernelModel.fit(settings, features, ln_price))
+
+    def predict(self, features: Features) -> np.ndarray:
+        return self.kernel.estimate(features).ln_price
+
+    def save(self, folder: Path) -> None:
+        self.kernel.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Kernel:
+        from word_models.kernel import KernelModel
+
+        return cls(KernelModel.load(folder))
 
 
-def kernel_estimates(
-    settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features
-) -> tuple[Estimate, Estimate]:
-    """The kernel's estimates of each fitted row by all other fitted rows, and of the rows to predict by all of them.
-
-    The former let a second model learn from the kernel's errors on the very rows that both are fitted on.
-    """
-    from word_models.kernel import KernelModel
-
-    model = KernelModel.fit(settings, fit, ln_price)
-    return model.left_out, model.estimate(apply)
-
-
-def boosted(settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
+@dataclass
+class Boosted:
     """The kernel's price, corrected by trees that are fitted to its leave-one-out errors."""
 
+    kernel: KernelModel
+    correction: TreeEnsemble
+
+    @staticmethod
     def columns(features: Features, by_kernel: Estimate) -> np.ndarray:
+        """What the trees see: the kernel's price, its surroundings, and the structural columns."""
         return np.column_stack([by_kernel.ln_price, by_kernel.surroundings, features.structural])
 
-    left_out, predicted = kernel_estimates(settings, fit, ln_price, apply)
-    error = ln_price - left_out.ln_price  # (n,)
-    correction = mean_of_trees(
-        settings, columns(fit, left_out), error, columns(apply, predicted), CORRECTION_TREES
-    )
-    return predicted.ln_price + correction
+    @classmethod
+    def fit(cls, settings: WordModelSettings, features: Features, ln_price: np.ndarray) -> Boosted:
+        from word_models.kernel import KernelModel
+
+        kernel = KernelModel.fit(settings, features, ln_price)
+        # estimates of each fitted row by all others: what a new row's columns look like
+        left_out = kernel.left_out
+        error = ln_price - left_out.ln_price  # (n,)
+        correction = TreeEnsemble.fit(settings, cls.columns(features, left_out), error, CORRECTION_TREES)
+        return cls(kernel, correction)
+
+    def predict(self, features: Features) -> np.ndarray:
+        by_kernel = self.kernel.estimate(features)
+        return by_kernel.ln_price + self.correction.predict(self.columns(features, by_kernel))
+
+    def save(self, folder: Path) -> None:
+        self.kernel.save(folder)
+        self.correction.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Boosted:
+        from word_models.kernel import KernelModel
+
+        return cls(KernelModel.load(folder), TreeEnsemble.load(folder))
 
 
-def mean_of_trees(
-    settings: WordModelSettings,
-    fit_columns: np.ndarray,
-    target: np.ndarray,
-    apply_columns: np.ndarray,
-    options: dict[str, object],
-) -> np.ndarray:
-    """Mean prediction (m,) of one LightGBM model per seed, fitted on columns (n, ·) and target (n,)."""
-    import lightgbm as lgb
-
-    predictions = []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        model = lgb.LGBMRegressor(n_estimators=settings.trees, random_state=seed, **options)
-        predictions.append(model.fit(fit_columns, target).predict(apply_columns))
-    return np.mean(predictions, axis=0)
-
-
-def mlp_on_kernel(
-    settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features
-) -> np.ndarray:
-    """The sparse MLP with the kernel's price and its surroundings as further columns."""
-    left_out, predicted = kernel_estimates(settings, fit, ln_price, apply)
-    # standardised on the fitted rows, as all other columns are
-    mean = left_out.surroundings.mean(axis=0)
-    deviation = left_out.surroundings.std(axis=0) + MIN_DEVIATION
-
-    def with_estimate(features: Features, by_kernel: Estimate) -> Features:
-        price = KERNEL_PRICE_STRENGTH * (by_kernel.ln_price - ln_price.mean()) / ln_price.std()
-        around = (by_kernel.surroundings - mean) / deviation
-        return features.with_columns({"kernel_price": price[:, None], "kernel_surroundings": around})
-
-    return mlp(settings, with_estimate(fit, left_out), ln_price, with_estimate(apply, predicted))
-
-
-class NeighbourPrices(NamedTuple):
-    """What the NEIGHBOURS most similar fitted rows say of m rows, (m,) each."""
-
-    mean: np.ndarray
-    """ln price, weighted by a power of the similarity"""
-    nearest: np.ndarray
-    """ln price of the most similar row"""
-    similarity: np.ndarray
-    """cosine of the most similar row"""
-
-
-def neighbours(
-    settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features
-) -> np.ndarray:
-    """Weighted mean ln price of the most similar products."""
-    return neighbour_prices(fit, ln_price, apply).mean
-
-
-def neighbour_prices(
-    fit: Features, ln_price: np.ndarray, apply: Features, *, skip_self: bool = False
-) -> NeighbourPrices:
-    """The prices of the most similar fitted rows by the cosine of all terms.
-
-    `skip_self`: the rows to predict are the fitted ones, and none may see its own price.
-    """
-    from sklearn.preprocessing import normalize
-
-    known = normalize(fit.terms)
-    asked = normalize(apply.terms)
-    parts = []
-    for start in range(0, len(apply), ROWS_AT_ONCE):
-        similarity = (asked[start : start + ROWS_AT_ONCE] @ known.T).toarray()  # (rows, n)
-        if skip_self:
-            rows = np.arange(len(similarity))
-            similarity[rows, start + rows] = 2.0  # above any cosine, so that the row itself is the first
-            nearest = _most_similar(similarity, NEIGHBOURS + 1)[:, 1:]
-        else:
-            nearest = _most_similar(similarity, NEIGHBOURS)
-        near = np.take_along_axis(similarity, nearest, axis=1)  # (rows, NEIGHBOURS)
-        price = ln_price[nearest]  # (rows, NEIGHBOURS)
-        weight = near**NEIGHBOUR_POWER + NEIGHBOUR_MIN_WEIGHT
-        mean = (weight * price).sum(axis=1) / weight.sum(axis=1)
-        parts.append(NeighbourPrices(mean, price[:, 0], near[:, 0]))
-    return NeighbourPrices(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-
-def _most_similar(similarity: np.ndarray, count: int) -> np.ndarray:
-    """(rows, n) → (rows, count) positions of the highest values, in falling order; count is at most NEIGHBOURS + 1."""
-    # sorting only what a partition leaves takes a fraction of the time of sorting all
-    found = np.argpartition(-similarity, NEIGHBOURS, axis=1)[:, :count]
-    order = np.argsort(-np.take_along_axis(similarity, found, axis=1), axis=1)
-    return np.take_along_axis(found, order, axis=1)
-
-
-def lightgbm(settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
+@dataclass
+class LightGbm:
     """Trees on an SVD of terms and meanings, on amounts and on the prices of similar products."""
-    from sklearn.decomposition import TruncatedSVD
 
+    components: np.ndarray
+    """(V + D, settings.svd) of the SVD"""
+    neighbours: Neighbours
+    trees: TreeEnsemble
+
+    @staticmethod
     def content(features: Features) -> sparse.csr_matrix:
+        """(n, V + D) terms and meanings."""
         views = [sparse.csr_matrix(view) for view in features.meanings]
         return sparse.hstack([features.terms, *views], format="csr")
 
-    svd = TruncatedSVD(settings.svd, random_state=settings.seed).fit(content(fit))
+    def columns(self, features: Features, *, skip_self: bool = False) -> np.ndarray:
+        """What the trees see. `skip_self`: these are the fitted rows, and none may see its own price."""
+        similar = np.column_stack(self.neighbours.prices(features, skip_self=skip_self))
+        return np.hstack([self.content(features) @ self.components, features.structural, similar])
 
-    def columns(features: Features, *, skip_self: bool) -> np.ndarray:
-        similar = np.column_stack(neighbour_prices(fit, ln_price, features, skip_self=skip_self))
-        return np.hstack([svd.transform(content(features)), features.structural, similar])
+    @classmethod
+    def fit(cls, settings: WordModelSettings, features: Features, ln_price: np.ndarray) -> LightGbm:
+        from sklearn.decomposition import TruncatedSVD
 
-    fit_columns = columns(fit, skip_self=True)
-    apply_columns = columns(apply, skip_self=False)
-    return mean_of_trees(settings, fit_columns, ln_price, apply_columns, PRICE_TREES)
+        svd = TruncatedSVD(settings.svd, random_state=settings.seed).fit(cls.content(features))
+        neighbours = Neighbours.fit(settings, features, ln_price)
+        # stored by rows, so that a sparse row times the components reads only the rows of its terms
+        model = cls(np.ascontiguousarray(svd.components_.T), neighbours, TreeEnsemble([]))
+        model.trees = TreeEnsemble.fit(
+            settings, model.columns(features, skip_self=True), ln_price, PRICE_TREES
+        )
+        return model
+
+    def predict(self, features: Features) -> np.ndarray:
+        return self.trees.predict(self.columns(features))
+
+    def save(self, folder: Path) -> None:
+        np.savez(folder / "svd.npz", components=self.components)
+        self.neighbours.save(folder)
+        self.trees.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> LightGbm:
+        with np.load(folder / "svd.npz") as arrays:
+            components = arrays["components"]
+        return cls(components, Neighbours.load(folder), TreeEnsemble.load(folder))
 
 
-def mlp(settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features) -> np.ndarray:
-    """Mean of one sparse MLP per seed (`word_models.sparse_mlp`)."""
-    return _mean_of_mlps(settings, fit, ln_price, apply, bins=None)
+@dataclass
+class Mlp:
+    """The mean of one sparse multilayer perceptron per seed (`word_models.sparse_mlp`)."""
+
+    networks: list[FittedMlp]
+
+    @staticmethod
+    def bins(settings: WordModelSettings) -> int | None:
+        """Bins of ln price that the networks predict a distribution over; None: they predict the price itself."""
+        return None
+
+    @classmethod
+    def fit(cls, settings: WordModelSettings, features: Features, ln_price: np.ndarray) -> Self:
+        from word_models.sparse_mlp import fit_mlp
+
+        networks = []
+        for seed in range(settings.seed, settings.seed + settings.seeds):
+            networks.append(fit_mlp(settings, features, ln_price, seed, bins=cls.bins(settings)))
+        return cls(networks)
+
+    def predict(self, features: Features) -> np.ndarray:
+        return np.mean([network.predict(features) for network in self.networks], axis=0)
+
+    def save(self, folder: Path) -> None:
+        for number, network in enumerate(self.networks):
+            network.save(folder, f"mlp_{number}")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        from word_models.sparse_mlp import FittedMlp
+
+        count = len(list(folder.glob("mlp_*.safetensors")))
+        return cls([FittedMlp.load(folder, f"mlp_{number}") for number in range(count)])
 
 
-def mlp_distribution(
-    settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features
-) -> np.ndarray:
+class MlpDistribution(Mlp):
     """The sparse MLP over bins of ln price, read at the lowest expected SMAPE."""
-    return _mean_of_mlps(settings, fit, ln_price, apply, bins=settings.bins)
+
+    @staticmethod
+    def bins(settings: WordModelSettings) -> int:
+        return settings.bins
 
 
-def _mean_of_mlps(
-    settings: WordModelSettings, fit: Features, ln_price: np.ndarray, apply: Features, *, bins: int | None
-) -> np.ndarray:
-    from word_models.sparse_mlp import fit_mlp
+@dataclass
+class MlpOnKernel:
+    """The sparse MLP with the kernel's price and its surroundings as further columns."""
 
-    predictions = []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        predictions.append(fit_mlp(settings, fit, ln_price, seed, bins=bins).predict(apply))
-    return np.mean(predictions, axis=0)
+    kernel: KernelModel
+    scaling: KernelScaling
+    mlp: Mlp
+
+    @classmethod
+    def fit(cls, settings: WordModelSettings, features: Features, ln_price: np.ndarray) -> MlpOnKernel:
+        from word_models.kernel import KernelModel
+
+        kernel = KernelModel.fit(settings, features, ln_price)
+        # estimates of each fitted row by all others: what a new row's columns look like
+        left_out = kernel.left_out
+        scaling = KernelScaling.fit(left_out, ln_price)
+        return cls(kernel, scaling, Mlp.fit(settings, scaling.add_to(features, left_out), ln_price))
+
+    def predict(self, features: Features) -> np.ndarray:
+        return self.mlp.predict(self.scaling.add_to(features, self.kernel.estimate(features)))
+
+    def save(self, folder: Path) -> None:
+        self.kernel.save(folder)
+        self.scaling.save(folder)
+        self.mlp.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> MlpOnKernel:
+        from word_models.kernel import KernelModel
+
+        return cls(KernelModel.load(folder), KernelScaling.load(folder), Mlp.load(folder))
 
 
-MODELS: dict[str, FitPredict] = {
-    "ridge": ridge,
-    "kernel": kernel,
-    "boosted": boosted,
-    "lightgbm": lightgbm,
-    "neighbours": neighbours,
-    "mlp": mlp,
-    "mlp_on_kernel": mlp_on_kernel,
-    "mlp_distribution": mlp_distribution,
+@dataclass
+class KernelScaling:
+    """Standardises what the kernel says on the fitted rows, as all other columns are."""
+
+    mean: np.ndarray
+    """of each column of the surroundings"""
+    deviation: np.ndarray
+    price_mean: float
+    price_deviation: float
+
+    @classmethod
+    def fit(cls, left_out: Estimate, ln_price: np.ndarray) -> KernelScaling:
+        around = left_out.surroundings
+        deviation = around.std(axis=0) + MIN_DEVIATION
+        return cls(around.mean(axis=0), deviation, float(ln_price.mean()), float(ln_price.std()))
+
+    def add_to(self, features: Features, by_kernel: Estimate) -> Features:
+        """The features with the columns kernel_price and kernel_surroundings."""
+        price = KERNEL_PRICE_STRENGTH * (by_kernel.ln_price - self.price_mean) / self.price_deviation
+        around = (by_kernel.surroundings - self.mean) / self.deviation
+        return features.with_columns({"kernel_price": price[:, None], "kernel_surroundings": around})
+
+    def save(self, folder: Path) -> None:
+        price = np.array([self.price_mean, self.price_deviation])
+        np.savez(folder / "scaling.npz", mean=self.mean, deviation=self.deviation, price=price)
+
+    @classmethod
+    def load(cls, folder: Path) -> KernelScaling:
+        with np.load(folder / "scaling.npz") as arrays:
+            price_mean, price_deviation = arrays["price"].tolist()
+            return cls(arrays["mean"], arrays["deviation"], price_mean, price_deviation)
+
+
+MODELS: dict[str, type[Model]] = {
+    "ridge": Ridge,
+    "kernel": Kernel,
+    "boosted": Boosted,
+    "lightgbm": LightGbm,
+    "neighbours": Neighbours,
+    "mlp": Mlp,
+    "mlp_on_kernel": MlpOnKernel,
+    "mlp_distribution": MlpDistribution,
 }

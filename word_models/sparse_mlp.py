@@ -5,23 +5,27 @@ Legend: B batch, V terms, S dense columns, K outputs: 1, or the bins of ln price
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from contracts.files import read_json, write_json
+from training.run_folder import save_weights
 from training.smape_loss import smape_of_ln
 from word_models.config import MlpSettings
 from word_models.features import Features
 from word_models.loss import smape_fraction
 
-FIRST_BATCH = 64
-BATCH_DOUBLINGS = 3
-"""The batch size doubles after each of the first three epochs, in place of a falling learning rate (Smith et al. 2018,
-"Don't decay the learning rate, increase the batch size")."""
+BATCH_SIZES = (64, 128, 256, 512, 512, 512)
+"""Batch size of each part of the training, in place of a falling learning rate (Smith et al. 2018, "Don't decay the
+learning rate, increase the batch size"). A part is one pass over the rows, or several where rows are few."""
 TERM_INIT_STD = 0.02
 """PyTorch starts an embedding with a deviation of 1, which lets the terms drown the amounts."""
 PREDICT_BATCH = 2_048
@@ -106,6 +110,26 @@ class FittedMlp:
                 outputs.append(self.bins.best_price(F.softmax(output, dim=1)))  # (B,)
         return torch.cat(outputs).double().numpy() * self.scale + self.mean
 
+    def save(self, folder: Path, name: str) -> None:
+        """Write <name>.safetensors and, with the scale of prices and the number of bins, <name>.json."""
+        save_weights(folder / f"{name}.safetensors", self.network.state_dict())
+        bins = None if self.bins is None else len(self.bins.centres)
+        write_json(folder / f"{name}.json", {"bins": bins, "mean": self.mean, "scale": self.scale})
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> FittedMlp:
+        content = read_json(folder / f"{name}.json")
+        weights = load_file(folder / f"{name}.safetensors")
+        terms, hidden = weights["terms.weight"].shape
+        bins = content["bins"]
+        # on "meta" the network has shapes and no numbers, which would be drawn for nothing
+        with torch.device("meta"):
+            dense = weights["dense.weight"].shape[1]
+            network = SparseMlp(terms=terms, dense=dense, hidden=hidden, outputs=bins or 1)
+        network.load_state_dict(weights, assign=True)
+        price_bins = PriceBins(bins, content["scale"]) if bins else None
+        return cls(network, price_bins, content["mean"], content["scale"])
+
 
 def fit_mlp(
     settings: MlpSettings, fit: Features, ln_price: np.ndarray, seed: int, *, bins: int | None = None
@@ -113,7 +137,7 @@ def fit_mlp(
     """Train one network on `fit`, ln_price (n,).
 
     Args:
-        settings: epochs, hidden, lr and word_dropout are used.
+        settings: updates, hidden, lr and word_dropout are used.
         fit: the n rows.
         ln_price: (n,)
         seed: of weights, order and word dropout.
@@ -137,9 +161,8 @@ def fit_mlp(
         torch.optim.SparseAdam([network.terms.weight], settings.lr),
         torch.optim.Adam(others, settings.lr),
     ]
-    for epoch in tqdm(range(settings.epochs), desc=f"mlp, seed {seed}", unit=" epochs", leave=False):
-        size = FIRST_BATCH * 2 ** min(epoch, BATCH_DOUBLINGS)
-        batches = max(1, len(ln_price) // size)
+    passes = batches_of_passes(len(ln_price), settings.updates)
+    for batches in tqdm(passes, desc=f"mlp, seed {seed}", unit=" passes", leave=False):
         for rows in np.array_split(order.permutation(len(ln_price)), batches):
             indices, offsets, values, dense = as_tensors(fit[rows])
             kept = torch.rand(len(values)) >= settings.word_dropout
@@ -157,6 +180,13 @@ def fit_mlp(
             for optimizer in optimizers:
                 optimizer.step()
     return FittedMlp(network, price_bins, mean, scale)
+
+
+def batches_of_passes(rows: int, updates: int) -> list[int]:
+    """Number of batches in each pass over `rows` rows, so that there are at least `updates` batches in all."""
+    batches = [max(1, rows // size) for size in BATCH_SIZES]
+    passes_per_part = math.ceil(updates / sum(batches))
+    return [count for count in batches for _ in range(passes_per_part)]
 
 
 def as_tensors(features: Features) -> tuple[Tensor, Tensor, Tensor, Tensor]:

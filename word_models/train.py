@@ -1,26 +1,31 @@
-"""Out-of-fold and test prices of a model on word counts.
+"""Fit a model on words, score it out of fold, save it, and price the test table.
 
     python -m word_models.train --workspace OUT --model mlp
 
 Each of the five hold-outs is predicted by a model that was fitted on the other four, so every training row gets a
-price from a model that has not seen it. Test rows are priced by a model that was fitted on all rows. Nothing is tuned
-on the held-out rows: the numbers of epochs and of trees are fixed.
+price from a model that has not seen it, and the score is honest. The model that is saved under checkpoints/ is fitted
+on all rows; it prices the test table, if there is one, and any other table by word_models.predict. Nothing is tuned on
+the held-out rows: the numbers of updates and of trees are fixed.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
-from contracts.errors import run_entry_point
-from contracts.predictions import write_predictions
-from contracts.smape import smape_with_error
-from contracts.splits import N_FOLDS, N_HOLDOUTS, fitted_on, fitted_out_of_fold, roles, union_fitted_on
+from contracts.errors import InputError, run_entry_point
+from contracts.files import read_json
+from contracts.predictions import remove_predictions, write_predictions
+from contracts.smape import best_constant, smape_with_error
+from contracts.splits import N_HOLDOUTS, fitted_out_of_fold, roles, union_fitted_on
 from contracts.workspace import Workspace
 from training.settings import parse_settings
 from word_models.config import WordModelSettings
+from word_models.predict import log_price, prediction_meta, price_table
 
 if TYPE_CHECKING:
     from word_models.features import Features
@@ -28,70 +33,118 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     settings = parse_settings(WordModelSettings, argv, description=__doc__.split("\n")[0])
-    from word_models.embedding_columns import add_embeddings, read_embedding_files
-    from word_models.features import build_features
+    from training.run_folder import RunFolder
+    from word_models.embedding_columns import EmbeddingColumns, read_embedding
+    from word_models.facts import fact_kinds
+    from word_models.features import FeatureBuilder
     from word_models.models import MODELS
+    from word_models.saved import WordModel, features_of
 
     workspace = Workspace(settings.workspace)
-    tables = {"train": workspace.training_table(), "test": workspace.prepared("test")}
-    features = build_features(**tables)
-    # an encoder that has seen a row counts like a model that has seen it
-    encoders_fitted_on = []
-    for name in settings.embeddings:
-        files = read_embedding_files(workspace, name)
-        features = add_embeddings(features, tables, name, files)
-        encoders_fitted_on.append(files["train"].meta["fitted_on"])
-
-    price = tables["train"]["price"].to_numpy()
-    fold = tables["train"]["fold"].to_numpy()
-    predicted = predict_out_of_fold(settings, features["train"], np.log(price), fold)
-    fit_predict = MODELS[settings.model]
-    test_predicted = fit_predict(settings, features["train"], np.log(price), features["test"])
-
     name = settings.prediction_name
-    meta = {"stage": "word_models.train", "model": settings.model}
+    table = workspace.training_table()
+    test = read_test_table(workspace)
+    embeddings = {file: read_embedding(workspace, file, "train") for file in settings.embeddings}
+    sample_ids = table["sample_id"].to_numpy()
+    encoders = [EmbeddingColumns.fit(file, content, sample_ids) for file, content in embeddings.items()]
+    if test is not None:
+        # a test table that could not be priced is refused before anything is fitted
+        for encoder in encoders:
+            encoder.require_same_encoder(read_embedding(workspace, encoder.name, "test"))
+    folder = workspace.path("run", name=name)
+    require_own_folder(folder)
+    run = RunFolder.start(folder, settings, inputs=input_files(workspace, settings))
+    others = [] if test is None else [test]
+    builder = FeatureBuilder.fit(table, others, facts=fact_kinds(workspace))
+    features = features_of(builder, encoders, table, embeddings)
+
+    price = table["price"].to_numpy()
+    fold = table["fold"].to_numpy()
+    ln_predicted, constant = predict_out_of_fold(settings, features, np.log(price), fold)
+    # an encoder that has seen a row counts like a model that has seen it
+    encoders_fitted_on = [content.meta["fitted_on"] for content in embeddings.values()]
+    folds = union_fitted_on(fitted_out_of_fold(N_HOLDOUTS), *encoders_fitted_on)
     write_predictions(
         workspace,
         name,
         "train",
-        tables["train"]["sample_id"].to_numpy(),
-        log_price(predicted),
-        meta=meta | {"fitted_on": union_fitted_on(fitted_out_of_fold(N_HOLDOUTS), *encoders_fitted_on)},
+        sample_ids,
+        log_price(ln_predicted),
+        meta=prediction_meta(name, settings.model, folds),
         fold=fold,
     )
-    write_predictions(
-        workspace,
-        name,
-        "test",
-        tables["test"]["sample_id"].to_numpy(),
-        log_price(test_predicted),
-        meta=meta | {"fitted_on": fitted_on(encoder_folds=tuple(range(N_FOLDS)))},
-    )
-    score, error = smape_with_error(price, np.exp(predicted))
-    print(f"{name}: out-of-fold SMAPE {score:.2f} ± {error:.2f} on {len(price)} rows")
-    return {"smape": score, "standard_error": error}
+    score = report(name, price, np.exp(ln_predicted), constant)
+
+    model = MODELS[settings.model].fit(settings, features, np.log(price))
+    WordModel(settings.model, builder, encoders, model).save(run.path)
+    if test is None:
+        # the prices of an older model must not pass for those of this one
+        remove_predictions(workspace, name, "test")
+    else:
+        # what is loaded prices the table, so the saved model is known to be whole
+        price_table(workspace, name, WordModel.load(run.path), "test")
+    run.finish(**score, rows=len(table), model=settings.model)
+    return score
+
+
+def read_test_table(workspace: Workspace) -> pd.DataFrame | None:
+    """The prepared test table; None where the catalogue has none."""
+    return workspace.prepared("test") if workspace.path("prepared", split="test").is_file() else None
+
+
+def require_own_folder(folder: Path) -> None:
+    """Raises InputError where another stage has its run: starting a run replaces what its folder held."""
+    stored = folder / "settings.json"
+    if stored.is_file() and "kernel_steps" not in read_json(stored):
+        raise InputError(f"{folder}: the run of another stage; choose another name with --predictions")
+
+
+def input_files(workspace: Workspace, settings: WordModelSettings) -> list[Path]:
+    """The files that a run depends on, of which its manifest keeps the hashes."""
+    files = [workspace.path("folds")]
+    for table in ("train", "test"):
+        files.append(workspace.path("prepared", split=table))
+        files += [workspace.path("embeddings", name=name, split=table) for name in settings.embeddings]
+    return [file for file in files if file.is_file()]
 
 
 def predict_out_of_fold(
     settings: WordModelSettings, features: Features, ln_price: np.ndarray, fold: np.ndarray
-) -> np.ndarray:
-    """ln price (N,) of each row by a model fitted on the rows outside the row's hold-out.
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the rows outside a row's hold-out say of it.
 
-    ln_price and fold are (N,).
+    Args:
+        features: N rows.
+        ln_price: (N,)
+        fold: (N,) int.
+
+    Returns:
+        ln price (N,) by a model that was fitted on them; price (N,) by the one price that is best for them, which a
+        useful model must beat.
     """
     from word_models.models import MODELS
 
-    fit_predict = MODELS[settings.model]
-    predicted = np.full(len(fold), np.nan)  # every row is overwritten; NaN would show one that is not
+    # every row is overwritten; NaN would show one that is not
+    predicted = np.full(len(fold), np.nan)
+    constant = np.full(len(fold), np.nan)
     for holdout in tqdm(range(N_HOLDOUTS), desc=f"{settings.model}, out of fold", unit=" hold-outs"):
         asked = np.isin(fold, roles(holdout).validate)
-        predicted[asked] = fit_predict(settings, features[~asked], ln_price[~asked], features[asked])
-    return predicted
+        model = MODELS[settings.model].fit(settings, features[~asked], ln_price[~asked])
+        predicted[asked] = model.predict(features[asked])
+        constant[asked] = best_constant(np.exp(ln_price[~asked]))
+    return predicted, constant
 
 
-def log_price(ln_price: np.ndarray) -> np.ndarray:
-    """ln of dollars → log1p of dollars, the unit of prediction files."""
-    return np.log1p(np.exp(ln_price))
+def report(name: str, price: np.ndarray, predicted: np.ndarray, constant: np.ndarray) -> dict[str, float]:
+    """Print the score of out-of-fold prices (N,) beside that of the constant prices (N,), and return both."""
+    score, error = smape_with_error(price, predicted)
+    of_constant, _ = smape_with_error(price, constant)
+    print(
+        f"{name}: out-of-fold SMAPE {score:.2f} ± {error:.2f} on {len(price)} rows; a constant {of_constant:.2f}"
+    )
+    if score > of_constant - error:
+        print(f"{name}: no better than one constant price for all products; leave it out of the ensemble")
+    return {"smape": score, "standard_error": error, "constant_smape": of_constant}
 
 
 if __name__ == "__main__":

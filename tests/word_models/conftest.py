@@ -28,14 +28,16 @@ def workspace(sample_workspace, tmp_path):
 def write_embedding(workspace):
     """Writes the embedding file "encoder" of a split: a matrix (N, D_in) whose last columns have names."""
 
-    def write(split, matrix, fitted_on, *, names=("log_price",), valid=None):
+    def write(split, matrix, fitted_on, *, names=("log_price",), valid=None, checkpoint="c"):
         sample_ids = workspace.prepared(split)["sample_id"].to_numpy(str)
         valid = np.ones(len(sample_ids), bool) if valid is None else valid
         meta = {
             "name": "encoder",
             "split": split,
             "model": "m",
-            "checkpoint": "c",
+            "stage": "qwen3_finetune",
+            "run": "text",
+            "checkpoint": checkpoint,
             "command": "test",
             "fitted_on": fitted_on,
             "last_columns": list(names),

@@ -5,7 +5,7 @@ import pytest
 
 from contracts.errors import InputError
 from contracts.splits import fitted_on, roles
-from word_models.embedding_columns import add_embeddings, read_embedding_files
+from word_models.embedding_columns import EmbeddingColumns, read_embedding
 from word_models.features import build_features
 
 FROZEN = fitted_on(encoder_folds=())
@@ -16,15 +16,22 @@ def plain(tables):
     return build_features(**tables)
 
 
+def add_embeddings(workspace, tables, plain):
+    """The features of both tables with the embedding "encoder", and how it becomes columns."""
+    contents = {name: read_embedding(workspace, "encoder", name) for name in tables}
+    ids = {name: table["sample_id"].to_numpy() for name, table in tables.items()}
+    columns = EmbeddingColumns.fit("encoder", contents["train"], ids["train"])
+    return {name: columns.add_to(plain[name], ids[name], contents[name]) for name in tables}, columns
+
+
 def test_nameless_columns_are_a_view_of_unit_rows_and_named_ones_are_structural(
     workspace, tables, plain, write_embedding
 ):
     rng = np.random.default_rng(0)
     for split, table in tables.items():
         write_embedding(split, rng.normal(3, 5, size=(len(table), 52)), FROZEN, names=["log_price", "size"])
-    files = read_embedding_files(workspace, "encoder")
-    matrix = files["train"].embeddings.copy()
-    train = add_embeddings(plain, tables, "encoder", files)["train"]
+    matrix = read_embedding(workspace, "encoder", "train").embeddings.copy()
+    train = add_embeddings(workspace, tables, plain)[0]["train"]
     *known, view = train.meanings
     assert len(known) == len(plain["train"].meanings)
     assert view.shape[1] == 50
@@ -41,7 +48,7 @@ def test_a_row_without_an_embedding_has_the_mean_and_no_meaning(workspace, table
     for split, table in tables.items():
         valid = np.arange(len(table)) % 3 > 0
         write_embedding(split, rng.normal(3, 5, size=(len(table), 5)), FROZEN, valid=valid)
-    added = add_embeddings(plain, tables, "encoder", read_embedding_files(workspace, "encoder"))
+    added, _ = add_embeddings(workspace, tables, plain)
     for split in ("train", "test"):
         assert np.all(added[split].columns_named("encoder: log_price")[::3] == 0)
         assert np.all(added[split].meanings[-1][::3] == 0)
@@ -54,14 +61,34 @@ def test_unusable_files_are_refused(workspace, tables, plain, write_embedding):
     write_embedding("train", train, fitted_on(encoder_folds=roles(0).fitted_on))
     write_embedding("test", test, FROZEN)
     with pytest.raises(InputError, match="encoder_train.pkl: its encoder was fitted on rows that it embeds"):
-        read_embedding_files(workspace, "encoder")
+        read_embedding(workspace, "encoder", "train")
 
     write_embedding("train", train, FROZEN)
     write_embedding("test", test, FROZEN, names=["size"])
     with pytest.raises(InputError, match=r"encoder_test.pkl: 3 columns.*'size'.*'log_price'"):
-        read_embedding_files(workspace, "encoder")
+        add_embeddings(workspace, tables, plain)
+
+    write_embedding("test", test, FROZEN, checkpoint="other")
+    with pytest.raises(
+        InputError, match="encoder_test.pkl: made by checkpoint other.*run text, checkpoint c"
+    ):
+        add_embeddings(workspace, tables, plain)
 
     write_embedding("train", train, FROZEN, valid=np.zeros(len(train), bool))
     write_embedding("test", test, FROZEN)
     with pytest.raises(InputError, match="--embeddings encoder: no training row"):
-        add_embeddings(plain, tables, "encoder", read_embedding_files(workspace, "encoder"))
+        add_embeddings(workspace, tables, plain)
+
+
+def test_loaded_columns_are_the_fitted_ones(workspace, tables, plain, write_embedding, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, table in tables.items():
+        write_embedding(split, rng.normal(3, 5, size=(len(table), 7)), FROZEN)
+    added, columns = add_embeddings(workspace, tables, plain)
+    columns.save(tmp_path / "saved")
+    loaded = EmbeddingColumns.load(tmp_path / "saved", "encoder")
+    assert loaded.encoder == {"stage": "qwen3_finetune", "run": "text", "checkpoint": "c"}
+    content = read_embedding(workspace, "encoder", "test")
+    again = loaded.add_to(plain["test"], tables["test"]["sample_id"].to_numpy(), content)
+    np.testing.assert_array_equal(again.dense, added["test"].dense)
+    assert again.columns == added["test"].columns

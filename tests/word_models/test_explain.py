@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from contracts.errors import InputError
+from contracts.files import read_json, write_json
 from contracts.predictions import read_predictions
 from contracts.splits import roles
 from contracts.workspace import Workspace
@@ -18,7 +19,7 @@ from word_models.attribution import Catalogue, Explainer, integrated_gradients
 from word_models.effects import FIELD_OF_COLUMNS, by_group, by_word, effects, pieces_to_words
 from word_models.explain import ExplainSettings
 
-QUICK = {"seeds": 2, "epochs": 25, "lr": 1e-2, "hidden": 32}
+QUICK = {"seeds": 2, "updates": 30, "lr": 1e-2, "hidden": 32}
 FLAGS = [text for name, value in QUICK.items() for text in (f"--{name}", str(value))]
 
 
@@ -173,9 +174,9 @@ def test_a_planted_word_is_found(planted):
 
 
 def test_what_is_explained_is_the_out_of_fold_price(planted):
-    train.main(["--workspace", str(planted.root), *FLAGS, "--epochs", "3"])
+    train.main(["--workspace", str(planted.root), *FLAGS, "--updates", "3"])
     written = read_predictions(planted, "words_mlp", "train")
-    explainer = Explainer.fit(ExplainSettings(**QUICK | {"epochs": 3}), Catalogue.read(planted), 3)
+    explainer = Explainer.fit(ExplainSettings(**QUICK | {"updates": 3}), Catalogue.read(planted), 3)
     predicted = np.log1p(np.exp(explainer.attribute(explainer.rows).predicted))
     np.testing.assert_allclose(predicted, written.log_price[explainer.rows], rtol=1e-5)
 
@@ -195,6 +196,31 @@ def test_named_products_of_train_and_test(planted):
         "a%2Fb%20%241.png",
     }
     assert set(pd.read_csv(folder / f"{ids[1]}.csv")["group"]) == {"amounts", "lengths", "meanings"}
+
+
+def test_further_facts_are_effects_and_a_catalogue_without_test_table_is_explained(planted, tmp_path):
+    shutil.copytree(planted.root / "data", tmp_path / "data")
+    workspace = Workspace(tmp_path)
+    workspace.path("prepared", split="test").unlink()
+    table = workspace.prepared("train")
+    rows = np.arange(len(table))
+    table["feature_grade"] = np.array(["basic", "pro"])[rows % 2]
+    table["feature_watts"] = np.where(rows % 2, 100, 10)
+    table["price"] = np.where(rows % 2, 40.0, 4.0)
+    table.to_csv(workspace.path("prepared", split="train"), index=False)
+    catalog = read_json(workspace.path("catalog"))
+    kinds = {"grade": "category", "watts": "number"}
+    write_json(workspace.path("catalog"), catalog | {"features": kinds})
+
+    folder = explain.main(
+        ["--workspace", str(tmp_path), *FLAGS, "--rows", "20", "--ids", table["sample_id"][1]]
+    )
+    effect = pd.read_csv(folder / "products" / f"{table['sample_id'][1]}.csv").set_index("label")[
+        "contribution"
+    ]
+    assert effect["watts: 100"] > 0.1 and effect["grade=pro"] > 0.02
+    groups = pd.read_csv(folder / "groups.csv").set_index("group")["mean_abs_ln_price"]
+    assert groups["numbers"] > groups["amounts"] and groups["categories"] > 0
 
 
 def test_senseless_requests_are_refused(planted, monkeypatch):

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from contracts.errors import InputError
+from contracts.files import read_json, write_json
 from contracts.smape import smape
 from contracts.workspace import Workspace
+from word_models.compared import ComparedRows
 from word_models.config import WordModelSettings
 from word_models.features import build_features
-from word_models.kernel import KernelModel, Similarity, compare, differences, learn
+from word_models.kernel import KernelModel, Similarity, compare, learn
 from word_models.surroundings import COLUMNS, POWERS, SLOPE_PRIOR, USUAL_SLOPE, surroundings
 
 SETTINGS = WordModelSettings(model="kernel", kernel_steps=15)
@@ -32,7 +34,7 @@ def test_similarity_is_the_formula(products):
     features, _ = products
     fit = features[np.arange(12)]
     asked = features[np.arange(12, 15)]
-    compared = differences(asked, fit)
+    compared = ComparedRows.of(asked).differences(ComparedRows.of(fit))
     similarity = Similarity.start(len(compared), len(fit.compared_columns), seed=0)
     found = similarity(compared)
 
@@ -60,7 +62,8 @@ def test_left_out_price_is_the_price_without_the_row(products):
     features, ln_price = products
     rows = np.arange(60)
     model = KernelModel.fit(SETTINGS, features[rows], ln_price[:60])
-    gram = model.similarity(differences(features[rows], features[rows])).double().numpy()
+    compared = ComparedRows.of(features[rows])
+    gram = model.similarity(compared.differences(compared)).double().numpy()
     noise, known = float(model.similarity.noise.exp()), ln_price[:60] - ln_price[:60].mean()
     for left in (0, 17, 59):
         others = rows != left
@@ -107,16 +110,16 @@ def test_surroundings_of_a_fitted_row_are_those_without_it(products):
     rows = np.arange(50)
     fit, known = features[rows], torch.from_numpy(ln_price[rows]).float()
     similarity = Similarity.start(5 + len(fit.compared_columns), len(fit.compared_columns), seed=0)
-    _, near = compare(similarity, fit, fit, known, leave_out_self=True)
+    of_fit = ComparedRows.of(fit)
+    _, near = compare(similarity, of_fit, of_fit, known, first_self=0)
     for left in (0, 20, 49):
         others = np.delete(rows, left)
-        _, expected = compare(similarity, features[[left]], features[others], known[others])
+        _, expected = compare(similarity, of_fit[[left]], of_fit[others], known[others])
         torch.testing.assert_close(near[left], expected[0], atol=1e-4, rtol=1e-4)
     structural = np.zeros_like(features.structural)
     structural[:, features.columns["total_amount"]] = features.columns_named("total_amount")  # of the line
-    _, without = compare(
-        similarity, replace(features, structural=structural)[rows], fit, known, leave_out_self=True
-    )
+    without_amounts = ComparedRows.of(replace(features, structural=structural)[rows])
+    _, without = compare(similarity, without_amounts, of_fit, known, first_self=0)
     torch.testing.assert_close(without[:, 1], near[:, 1])
     assert (without[:, 0] - near[:, 0]).abs().max() > 0.01
 
@@ -130,9 +133,10 @@ def test_a_row_unlike_all_others_has_the_mean_of_all():
 
 def test_learning_lowers_the_left_out_error_and_finds_what_matters(products):
     features, ln_price = products
+    compared = ComparedRows.of(features)
 
     def left_out_smape(similarity):
-        gram = similarity(differences(features, features)) + similarity.noise.exp() * torch.eye(len(ln_price))
+        gram = similarity(compared.differences(compared)) + similarity.noise.exp() * torch.eye(len(ln_price))
         inverse = torch.linalg.inv(gram)
         known = torch.from_numpy(ln_price - ln_price.mean()).float()
         left_out = ln_price - ((inverse @ known) / inverse.diagonal()).numpy()
@@ -140,14 +144,36 @@ def test_learning_lowers_the_left_out_error_and_finds_what_matters(products):
 
     amounts = len(features.compared_columns)
     start = Similarity.start(5 + amounts, amounts, seed=0)
-    learned = learn(WordModelSettings(model="kernel", kernel_steps=40), features, ln_price)
+    learned = learn(WordModelSettings(model="kernel", kernel_steps=40), compared, ln_price)
     assert left_out_smape(learned) < left_out_smape(start) - 3
     # a price with some noise is asked for far more than the length of a text
     rate = dict(zip(features.compared_columns, learned.rate[:, -amounts:].T, strict=True))
     assert rate["encoder: log_price"].max() > rate["text_length"].max() + 1
 
 
-def test_kernel_refuses_more_rows_than_fit_in_memory(products):
+def test_a_saved_model_estimates_the_same(products, tmp_path):
     features, ln_price = products
-    with pytest.raises(InputError, match="--model kernel: 400 rows.* limited to 300"):
-        KernelModel.fit(SETTINGS, features, ln_price, max_rows=300)
+    model = KernelModel.fit(SETTINGS, features[np.arange(200)], ln_price[:200])
+    model.save(tmp_path)
+    loaded = KernelModel.load(tmp_path)
+    asked = features[np.arange(200, 400)]
+    found = loaded.estimate(asked)
+    expected = model.estimate(asked)
+    np.testing.assert_allclose(found.ln_price, expected.ln_price, atol=2e-5)
+    np.testing.assert_allclose(found.surroundings, expected.surroundings, atol=1e-4)
+    np.testing.assert_array_equal(loaded.left_out.ln_price, model.left_out.ln_price)
+    np.testing.assert_array_equal(loaded.left_out.surroundings, model.left_out.surroundings)
+
+
+def test_a_damaged_or_foreign_file_is_named(products, tmp_path):
+    features, ln_price = products
+    KernelModel.fit(SETTINGS, features[np.arange(60)], ln_price[:60]).save(tmp_path)
+    whole = (tmp_path / "kernel.npz").read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"\x80\x04K\x01."):
+        (tmp_path / "kernel.npz").write_bytes(damaged)
+        with pytest.raises(InputError, match="kernel.npz: not readable"):
+            KernelModel.load(tmp_path)
+    written = read_json(tmp_path / "kernel.json")
+    write_json(tmp_path / "kernel.json", written | {"schema": 99})
+    with pytest.raises(InputError, match="kernel.json: written in format 99"):
+        KernelModel.load(tmp_path)

@@ -4,8 +4,16 @@ import pytest
 import scipy.sparse as sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from word_models.features import WORD
-from word_models.meanings import WINDOW, cooccurrences, meanings, topics, unit_rows, word_vectors
+from word_models.meanings import (
+    WINDOW,
+    Meanings,
+    cooccurrences,
+    mean_of_known,
+    topic_components,
+    unit_rows,
+    word_vectors,
+)
+from word_models.terms import WORD
 
 DRINKS = ["sip the {} from a cup in the morning", "a warm cup of {} to sip", "brew the {} and fill the cup"]
 TOOLS = [
@@ -50,11 +58,10 @@ def test_words_that_keep_the_same_company_are_close_though_they_never_meet(texts
 
 def test_views_know_the_words_of_the_test_table(texts):
     table = pd.DataFrame({"catalog_content": texts, "entity_name": [text.split()[2] for text in texts]})
-    views = meanings({"train": table.iloc[:6], "test": table.iloc[6:]}, WORD)
-    assert {split: [len(view) for view in of] for split, of in views.items()} == {
-        "train": [6] * 3,
-        "test": [6] * 3,
-    }
+    tables = {"train": table.iloc[:6], "test": table.iloc[6:]}
+    fitted = Meanings.fit(list(tables.values()))
+    views = {name: fitted.transform(part) for name, part in tables.items()}
+    assert [len(view) for view in views["train"] + views["test"]] == [6] * 6
     for view in views["test"]:
         lengths = np.linalg.norm(view, axis=1)
         assert np.all((np.abs(lengths - 1) < 1e-4) | (lengths == 0))
@@ -62,11 +69,25 @@ def test_views_know_the_words_of_the_test_table(texts):
     assert drink @ tool < 0  # topics part what no price has said
 
 
+def test_a_row_has_the_same_views_alone_in_any_order_and_after_loading(texts, tmp_path):
+    table = pd.DataFrame({"catalog_content": texts, "entity_name": [text.split()[2] for text in texts]})
+    fitted = Meanings.fit([table])
+    whole = fitted.transform(table)
+    fitted.save(tmp_path)
+    loaded = Meanings.load(tmp_path).transform(table[::-1])
+    alone = fitted.transform(table.iloc[[4]])
+    for view, again, row in zip(whole, loaded, alone, strict=True):
+        assert np.abs(view).max() > 0
+        np.testing.assert_array_equal(again[::-1], view)
+        np.testing.assert_array_equal(row[0], view[4])
+
+
 def test_topics_are_the_formula():
     """Against numpy's decomposition; the sign of a dimension is free, cosines of rows are not."""
     rng = np.random.default_rng(0)
     counts = np.abs(rng.normal(size=(50, 12))) * np.r_[np.full(6, 5.0), np.full(6, 0.5)]
-    view = topics(sparse.csr_matrix(counts))
+    raw = counts @ topic_components(sparse.csr_matrix(counts))
+    view = unit_rows(raw, mean_of_known(raw))
     u, strength, _ = np.linalg.svd(counts, full_matrices=False)
     found = (u * strength)[:, :11]
     expected = found / np.sqrt(found.std(axis=0))
@@ -90,6 +111,7 @@ def test_word_vectors_are_the_formula():
 
 
 def test_rows_of_unknown_words_stay_zero_and_out_of_the_mean():
-    rows = unit_rows(np.array([[3.0, 0.0], [1.0, 2.0], [0.0, 0.0]]))
+    matrix = np.array([[3.0, 0.0], [1.0, 2.0], [0.0, 0.0]])
+    rows = unit_rows(matrix, mean_of_known(matrix))
     assert rows[2].tolist() == [0, 0]
     np.testing.assert_allclose(rows[0], -rows[1], rtol=1e-6)  # around the mean of the two that are known

@@ -8,9 +8,11 @@ from contracts.errors import InputError
 from contracts.smape import smape
 from word_models.config import WordModelSettings
 from word_models.features import build_features
+from word_models.kernel import KernelModel
 from word_models.loss import smape_fraction
-from word_models.models import kernel_estimates, neighbour_prices
-from word_models.sparse_mlp import PriceBins, SparseMlp, as_tensors
+from word_models.models import MODELS
+from word_models.neighbours import Neighbours
+from word_models.sparse_mlp import BATCH_SIZES, PriceBins, SparseMlp, as_tensors, batches_of_passes
 from word_models.surroundings import COLUMNS, PRICE_COLUMNS
 
 
@@ -30,7 +32,9 @@ def test_a_second_model_learns_from_prices_by_other_rows_only(features, ln_price
     fit = features[np.arange(300)]
     apply = features[np.arange(300, 400)]
     settings = WordModelSettings(model="boosted", kernel_steps=5)
-    left_out, predicted = kernel_estimates(settings, fit, shuffled[:300], apply)
+    model = KernelModel.fit(settings, fit, shuffled[:300])
+    left_out = model.left_out
+    predicted = model.estimate(apply)
     near = left_out.surroundings.reshape(300, -1, len(COLUMNS)).copy()
     near[..., PRICE_COLUMNS] += left_out.ln_price[:, None, None]  # the prices themselves
     for column in (left_out.ln_price, *near.reshape(300, -1).T):
@@ -40,12 +44,15 @@ def test_a_second_model_learns_from_prices_by_other_rows_only(features, ln_price
 
 
 def test_neighbours_of_a_fitted_row_do_not_hold_its_own_price(features, ln_price):
-    seen = neighbour_prices(features, ln_price, features, skip_self=True)
+    def prices(ln_price, **options):
+        return Neighbours.fit(WordModelSettings(), features, ln_price).prices(features, **options)
+
+    seen = prices(ln_price, skip_self=True)
     moved = ln_price.copy()
     moved[17] += 5
-    after = neighbour_prices(features, moved, features, skip_self=True)
+    after = prices(moved, skip_self=True)
     assert [column[17] for column in after] == pytest.approx([column[17] for column in seen])
-    own = neighbour_prices(features, ln_price, features)
+    own = prices(ln_price)
     assert np.mean(own.nearest == ln_price) > 0.9  # without skip_self the nearest product is the row itself
 
 
@@ -53,7 +60,8 @@ def test_neighbour_prices_are_the_formula(features, ln_price):
     """Against a plain loop over three rows."""
     terms = features.terms.toarray().astype(float)
     terms /= np.linalg.norm(terms, axis=1, keepdims=True)
-    found = neighbour_prices(features[np.arange(3, 400)], ln_price[3:], features[np.arange(3)])
+    others = Neighbours.fit(WordModelSettings(), features[np.arange(3, 400)], ln_price[3:])
+    found = others.prices(features[np.arange(3)])
     for row in range(3):
         cosine = terms[3:] @ terms[row]
         nearest = np.argsort(-cosine)[:20]
@@ -94,11 +102,50 @@ def test_loss_is_the_metric_as_a_fraction_of_its_range():
     assert loss.item() == pytest.approx(smape(actual, predicted) / 200)
 
 
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_a_price_depends_on_its_row_alone_and_survives_saving(features, ln_price, tmp_path, kind):
+    settings = WordModelSettings(model=kind, seeds=2, kernel_steps=3, updates=1, trees=20, svd=16)
+    model = MODELS[kind].fit(settings, features[np.arange(300)], ln_price[:300])
+    asked = features[np.arange(300, 400)]
+    batch = model.predict(asked)
+    assert batch.dtype == np.float64 and batch.std() > 0.01
+    order = np.random.default_rng(0).permutation(100)
+    np.testing.assert_allclose(model.predict(asked[order]), batch[order], rtol=1e-5)
+    alone = [model.predict(asked[[row]])[0] for row in range(10)]
+    np.testing.assert_allclose(alone, batch[:10], rtol=1e-5)
+
+    model.save(tmp_path)
+    np.testing.assert_allclose(MODELS[kind].load(tmp_path).predict(asked), batch, rtol=1e-12)
+
+
+def test_few_rows_get_more_passes_and_many_rows_one_pass_per_part():
+    # 5,600 rows, those outside a hold-out of 7,000: six passes with the batch size doubling three times
+    assert batches_of_passes(5_600, WordModelSettings().updates) == [87, 43, 21, 10, 10, 10]
+    assert batches_of_passes(60_000, WordModelSettings().updates) == [60_000 // size for size in BATCH_SIZES]
+    few = batches_of_passes(320, WordModelSettings().updates)
+    assert 150 <= sum(few) < 150 + 11  # a round of all parts has 11 batches
+    assert few == sorted(few, reverse=True)  # batches only ever grow
+
+
+def test_few_rows_are_learned_as_well_as_by_ridge(features, ln_price):
+    """With 320 rows, six passes are 11 updates, after which the network still answers with nearly one price."""
+    fit = np.arange(320)
+    asked = np.arange(320, 400)
+    score = {}
+    for kind in ("ridge", "mlp"):
+        model = MODELS[kind].fit(WordModelSettings(seeds=1), features[fit], ln_price[fit])
+        score[kind] = smape(np.exp(ln_price[asked]), np.exp(model.predict(features[asked])))
+    constant = smape(np.exp(ln_price[asked]), np.full(80, np.exp(np.median(ln_price[fit]))))
+    assert score["mlp"] < constant - 15
+    assert score["mlp"] < score["ridge"] + 6
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ({"bins": 2}, "--bins 2"),
-        ({"epochs": 0}, "--epochs 0"),
+        ({"updates": 0}, "--updates 0"),
+        ({"predictions": "a/b"}, "--predictions a/b: must be a plain name"),
         ({"kernel_steps": -1}, "--kernel-steps -1"),
         ({"word_dropout": 1.0}, "--word-dropout 1.0"),
         ({"embeddings": ("a", "b", "a")}, "--embeddings a: named twice"),

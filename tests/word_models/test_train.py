@@ -10,13 +10,13 @@ from contracts.splits import fitted_on, fitted_out_of_fold, roles
 from word_models import train
 from word_models.models import MODELS
 
-FEW_STEPS = ["--seeds", "1", "--kernel-steps", "3", "--epochs", "2"]
+FEW_STEPS = ["--seeds", "1", "--kernel-steps", "3", "--updates", "1", "--trees", "40"]
 
 
 @pytest.mark.parametrize("model", list(MODELS))
 def test_each_model_learns_and_prices_every_row_out_of_fold(workspace, model):
     flags = ["--workspace", str(workspace.root), "--model", model, "--seeds", "1", "--svd", "32"]
-    score = train.main([*flags, "--epochs", "12", "--lr", "5e-3", "--kernel-steps", "30"])["smape"]
+    score = train.main([*flags, "--updates", "60", "--lr", "5e-3", "--kernel-steps", "30"])["smape"]
     price = workspace.prepared("train")["price"].to_numpy()
     assert score < smape(price, np.full(len(price), np.median(price))) - 8
     for split in ("train", "test"):
@@ -56,7 +56,8 @@ def test_the_files_say_what_their_model_was_fitted_on(workspace):
     written = read_predictions(workspace, "cheap", "train")
     written.require_unseen()
     assert written.meta["fitted_on"] == fitted_out_of_fold(5)
-    assert written.meta["stage"] == "word_models.train" and written.meta["model"] == "ridge"
+    assert written.meta["stage"] == "word_models.train"
+    assert written.meta["model"] == "cheap" and written.meta["kind"] == "ridge"
     assert read_predictions(workspace, "cheap", "test").meta["fitted_on"] == [list(range(10))] * 10
 
 

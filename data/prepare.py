@@ -123,7 +123,7 @@ def prepare_rows(table: pd.DataFrame, *, description: str) -> pd.DataFrame:
     """
     contents = table["catalog_content"]
     names = contents.map(entity_name)
-    progress = tqdm(contents, desc=description, unit=" rows", mininterval=1)
+    progress = tqdm(contents, desc=description, unit=" rows", mininterval=1, delay=2)
     quantities = [parse_quantity(text) for text in progress]
     prepared = pd.DataFrame(
         {

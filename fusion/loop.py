@@ -123,9 +123,8 @@ def train(
         rows, visible = epoch_rows(table, fit, settings, epoch)
         loss = train_epoch(step, rows, visible).item()
         if run:
-            run.log(
-                epoch, epoch=epoch, **{"train/loss": loss, "lr": float(step.optimizer.param_groups[0]["lr"])}
-            )
+            lr = float(step.optimizer.param_groups[0]["lr"])
+            run.log(epoch, epoch=epoch, **{"train/loss": loss, "lr": lr})
 
         log_price = dealt(lambda share: predict(model, table, share, target), stop, step.device)
         stop_smape = smape(stop_price, log_price.double().expm1().numpy())

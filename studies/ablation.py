@@ -1,144 +1,161 @@
-"""Every ablation of the fusion, one change at a time, on the same rows and seeds: mean ± spread as csv and plot.
+"""Every ablation of the fusion: one change at a time, on the same rows and seeds, as a csv and a plot.
 
     python -m studies.ablation --workspace OUT --out studies/results/ablation
 
-needs a workspace whose embeddings are extracted (`make pipeline`, `make demo`). A variant is the reference with the
-flags beside its name in VARIANTS: `python -m fusion.all_embeddings.train --workspace OUT <flags>` runs it alone.
+The workspace must hold extracted embeddings (`make pipeline` or `make demo`). A variant is the reference with the
+flags beside its name in VARIANTS, so `python -m fusion.all_embeddings.train --workspace OUT <flags>` runs it alone.
+Each variant runs once per hold-out and seed. The table has the mean and the spread over these runs, and the difference
+to the reference, paired by hold-out and seed.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from contracts.errors import run_entry_point
-from contracts.files import atomic_write
+from contracts.workspace import EMBEDDINGS, QWEN_TEXT, SIGLIP_TEXT
+from fusion.config import LossName
+from fusion.qwen_clip.config import Design
+from studies.tables import RESULTS, spread, write_table
 from training.plots import figure_at
 from training.settings import parse_settings
 
-ALL = ("clip_image", "siglip_image", "siglip_text", "qwen_text")
+LOSSES = get_args(LossName)
+DESIGNS = get_args(Design)
+REFERENCE_LOSS = "smape_tanh"
 
 
 class Variant(NamedTuple):
+    """One experiment: what it changes about the reference, and in which package of the fusion."""
+
     group: str
     name: str
     flags: tuple[str, ...]
     package: str = "all_embeddings"
 
 
+REFERENCE = Variant("reference", f"hierarchical, {REFERENCE_LOSS}", ())
+
+
 def without(embedding: str) -> tuple[str, ...]:
-    return "--use", *(name for name in ALL if name != embedding)
+    """The flags that leave one embedding out."""
+    return ("--use", *(name for name in EMBEDDINGS if name != embedding))
 
 
-REFERENCE = Variant("reference", "hierarchical, smape_tanh", ())
-LOSSES = ("weighted_smape", "smape", "focal_smape", "huber", "log_l1", "huber_smape")
-DESIGNS = ("attention_moe", "plain", "concat", "gate", "moe", "cross_attention")
 VARIANTS = [
     REFERENCE,
-    *(Variant("loss", loss, ("--loss", loss)) for loss in LOSSES),
+    *(Variant("loss", loss, ("--loss", loss)) for loss in LOSSES if loss != REFERENCE_LOSS),
     Variant("target", "price instead of log price", ("--target", "price")),
     Variant("attention", "tokens (several keys)", ("--variant", "tokens")),
     Variant("attention", "concat", ("--variant", "concat")),
     Variant("attention", "flat (one MLP)", ("--variant", "flat")),
     Variant("branches", "two layers", ("--branch-depth", "2")),
     Variant("branches", "structural fields apart", ("--structural-branch",)),
-    *(Variant("experts", str(experts), ("--experts", str(experts))) for experts in (1, 2, 5)),
+    *(Variant("experts", experts, ("--experts", experts)) for experts in ("1", "2", "5")),
     Variant("auxiliary", "under $15", ("--auxiliary-under-15",)),
-    *(Variant("left out", name, without(name)) for name in ALL),
-    Variant("text alone", "fine-tuned (qwen_text)", ("--use", "qwen_text")),
-    Variant("text alone", "frozen (siglip_text)", ("--use", "siglip_text")),
+    *(Variant("left out", name, without(name)) for name in EMBEDDINGS),
+    Variant("text alone", f"fine-tuned ({QWEN_TEXT})", ("--use", QWEN_TEXT)),
+    Variant("text alone", f"frozen ({SIGLIP_TEXT})", ("--use", SIGLIP_TEXT)),
     *(Variant("two embeddings", design, ("--design", design), "qwen_clip") for design in DESIGNS),
 ]
 
 
 @dataclass
 class AblationSettings:
-    workspace: str = "demo"
+    workspace: Path = Path("demo")
     """Folder whose embeddings are used; the runs go to checkpoints/ablation/ in it."""
-    preset: str = "tiny"
-    """Of the fusion: base is the published width, for a GPU."""
+    preset: Literal["base", "tiny"] = "tiny"
+    """Preset of the fusion: base has the published width, for a GPU."""
     holdouts: tuple[int, ...] = (0,)
-    """Hold-outs to validate on; more than 0 needs out-of-fold embeddings."""
+    """Hold-outs to validate on. More than one needs embeddings that were made out of fold."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights, row order and dropout."""
-    out: str = "studies/results/ablation"
+    """Seeds of the initial weights, the order of the rows and dropout."""
+    out: Path = RESULTS / "ablation"
     """Path of the table and the plot, without .csv and .png."""
     resume: bool = False
     """Keep the runs that an earlier, interrupted call has finished."""
 
 
 def run_variant(settings: AblationSettings, variant: Variant, holdout: int, seed: int) -> float:
-    """Train one; its validation SMAPE."""
-    from fusion.all_embeddings import train as all_embeddings
-    from fusion.qwen_clip import train as qwen_clip
-
-    main = {"all_embeddings": all_embeddings, "qwen_clip": qwen_clip}[variant.package].main
-    name = "".join(c if c.isalnum() else "_" for c in f"{variant.group}_{variant.name}")
-    arguments = ["--workspace", settings.workspace, "--run", f"ablation/{name}_{holdout}_{seed}"]
-    arguments += ["--preset", settings.preset, "--holdout", str(holdout), "--seed", str(seed)]
-    loss = [] if "--loss" in variant.flags else ["--loss", "smape_tanh"]
-    return main([*arguments, *loss, *variant.flags, *(["--resume"] if settings.resume else [])])[
-        "validation_smape"
-    ]
+    """Train the variant once and return its validation SMAPE in percent."""
+    name = f"{variant.group}_{variant.name}"
+    folder = "".join(character if character.isalnum() else "_" for character in name)
+    flags = [
+        "--workspace", str(settings.workspace),
+        "--run", f"ablation/{folder}_{holdout}_{seed}",
+        "--preset", settings.preset,
+        "--holdout", str(holdout),
+        "--seed", str(seed),
+    ]  # fmt: skip
+    if "--loss" not in variant.flags:
+        flags += ["--loss", REFERENCE_LOSS]
+    if settings.resume:
+        flags.append("--resume")
+    train = import_module(f"fusion.{variant.package}.train")
+    summary = train.main([*flags, *variant.flags])
+    return summary["validation_smape"]
 
 
 def ablate(settings: AblationSettings) -> pd.DataFrame:
-    """A row a variant: mean and spread of SMAPE over its runs, and the paired difference to the reference."""
-    cells = [(holdout, seed) for holdout in settings.holdouts for seed in settings.seeds]
-    lines, reference = [], None
-    for variant in tqdm(VARIANTS, "ablations", unit="variant"):
+    """One row per variant, the reference first: its SMAPE over the runs, and the paired difference to the reference."""
+    runs = [(holdout, seed) for holdout in settings.holdouts for seed in settings.seeds]
+    rows = []
+    reference = None
+    for variant in tqdm(VARIANTS, "ablations", unit=" variants"):
         started = time.monotonic()
-        scores = np.array([run_variant(settings, variant, *cell) for cell in cells])
-        reference = scores if reference is None else reference
-        difference = scores - reference
-        lines.append(
+        smape = np.array([run_variant(settings, variant, holdout, seed) for holdout, seed in runs])
+        seconds = time.monotonic() - started
+        if reference is None:
+            reference = smape
+        difference = smape - reference
+        rows.append(
             {
                 "group": variant.group,
                 "variant": variant.name,
-                "smape": scores.mean(),
-                "spread": scores.std(ddof=1) if len(cells) > 1 else 0.0,
+                "smape": smape.mean(),
+                "spread": spread(smape),
                 "difference": difference.mean(),
-                "difference_spread": difference.std(ddof=1) if len(cells) > 1 else 0.0,
-                "runs": len(cells),
-                "seconds_a_run": (time.monotonic() - started) / len(cells),
+                "difference_spread": spread(difference),
+                "runs": len(runs),
+                "seconds_per_run": seconds / len(runs),
                 "flags": " ".join(variant.flags),
             }
         )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(rows)
 
 
 def plot(path: Path, table: pd.DataFrame) -> None:
-    rows = np.arange(len(table))[::-1]
+    """The mean and spread of each variant, one below the other, coloured by group."""
+    heights = np.arange(len(table))[::-1]
+    labels = table["group"] + ": " + table["variant"]
     with figure_at(path, columns=1, width=7.5, height=0.26 * len(table) + 1.2) as (_, (axis,)):
-        for group, part in table.groupby("group", sort=False):
-            axis.errorbar(
-                part["smape"], rows[part.index], xerr=part["spread"], fmt="o", capsize=2, markersize=4, label=group
-            )  # fmt: skip
+        for _, part in table.groupby("group", sort=False):
+            height = heights[part.index]
+            axis.errorbar(part["smape"], height, xerr=part["spread"], fmt="o", capsize=2, markersize=4)
         axis.axvline(table["smape"].iloc[0], color="black", linewidth=0.8, linestyle="--")
-        axis.set_yticks(
-            rows, [f"{group}: {name}" for group, name in zip(table["group"], table["variant"], strict=True)]
-        )
-        axis.set(
-            xlabel="validation SMAPE, % (mean ± spread over seeds)", title="One change at a time; dashed: reference"
-        )  # fmt: skip
+        axis.set_yticks(heights, labels)
+        axis.set_xlabel("validation SMAPE, % (mean ± spread over seeds)")
+        axis.set_title("One change at a time; dashed: reference")
         axis.grid(axis="x", linewidth=0.3)
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
     settings = parse_settings(AblationSettings, argv, description=__doc__.split("\n")[0])
     table = ablate(settings)
-    out = Path(settings.out)
-    with atomic_write(out.with_suffix(".csv")) as file:
-        table.to_csv(file, index=False, float_format="%.2f")
-    plot(out.with_suffix(".png"), table)
+    csv = settings.out.with_suffix(".csv")
+    png = settings.out.with_suffix(".png")
+    write_table(csv, table)
+    plot(png, table)
     print(table.drop(columns="flags").to_string(index=False, float_format="%.2f"))
-    print(f"{out.with_suffix('.csv')}\n{out.with_suffix('.png')}")
+    print(f"{csv}\n{png}")
     return table
 
 

@@ -15,6 +15,7 @@ out of fold  There are five encoders, and each row is embedded by one that has n
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +74,12 @@ def set_aside(prepared: Workspace, catalogue: Path) -> pd.Series:
     """
     priced = prepared.training_table()
     is_untouched = priced["fold"].isin(roles(UNTOUCHED_HOLDOUT).validate)
-    columns = list(TEXT_COLUMNS)
-    with atomic_write(catalogue / "train.csv") as file:
-        priced.loc[~is_untouched, [*columns, "price"]].to_csv(file, index=False)
-    with atomic_write(catalogue / "test.csv") as file:
-        priced.loc[is_untouched, columns].to_csv(file, index=False)
+    train = priced.loc[~is_untouched, [*TEXT_COLUMNS, "price"]]
+    test = priced.loc[is_untouched, list(TEXT_COLUMNS)]
+    for name, rows in {"train": train, "test": test}.items():
+        with atomic_write(catalogue / f"{name}.csv") as file:
+            # quoted, as a bare carriage return in a text would otherwise split its row
+            rows.to_csv(file, index=False, quoting=csv.QUOTE_NONNUMERIC)
     return priced[is_untouched].set_index("sample_id")["price"]
 
 
@@ -127,8 +129,10 @@ def _constant(study: Workspace, untouched: pd.Series) -> dict:
 
 def _protocol(settings: LeakStudySettings, study: Workspace, protocol: str, untouched: pd.Series) -> dict:
     score_name = "leaked_smape" if protocol == "leaked" else "validation_smape"
-    reported, reported_errors = [], []
-    true, true_errors = [], []
+    reported: list[float] = []
+    reported_errors: list[float] = []
+    true: list[float] = []
+    true_errors: list[float] = []
     for seed in settings.seeds:
         run = f"{protocol}_{seed}"
         summary = read_json(study.path("run", name=run) / "summary.json")

@@ -182,7 +182,7 @@ def plot_effects(axis: Any, labels: Any, contributions: np.ndarray, *, up_and_do
     `up_and_down`: the contributions are sizes without a direction.
     """
     if up_and_down:
-        colors = NEUTRAL_COLOR
+        colors = [NEUTRAL_COLOR] * len(contributions)
         written = "±{:.0f} %"
     else:
         colors = [UP_COLOR if value > 0 else DOWN_COLOR for value in contributions]

@@ -255,7 +255,7 @@ class KernelModel:
 
     def save(self, folder: Path) -> None:
         """Write kernel.npz and kernel.json into `folder`."""
-        arrays = {
+        arrays: dict[str, Any] = {
             **self.rows.arrays(),
             "ln_price": self.ln_price.numpy(),
             "rate": self.similarity.rate.numpy(),

@@ -10,7 +10,7 @@ Legend: N rows of a table, or of all fitted ones, V words, D dimensions.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -96,8 +96,9 @@ class Meanings:
         """Write meanings.json (vocabularies) and two npz files."""
         vectorizers = {"words": self.words, "words and pairs": self.words_and_pairs}
         save_vocabularies(folder, "meanings", vectorizers)
-        means = {f"mean_{number}": mean for number, mean in enumerate(self.means)}
-        np.savez(folder / "meanings_vectors.npz", vectors=self.vectors, components=self.components, **means)
+        arrays: dict[str, Any] = {"vectors": self.vectors, "components": self.components}
+        arrays |= {f"mean_{number}": mean for number, mean in enumerate(self.means)}
+        np.savez(folder / "meanings_vectors.npz", **arrays)
 
     @classmethod
     def load(cls, folder: Path) -> Meanings:
@@ -148,10 +149,9 @@ def _pairs(texts: pd.Series, words: TfidfVectorizer) -> sparse.csr_matrix:
         for distance in range(1, WINDOW + 1):
             left.append(ids[:-distance])
             right.append(ids[distance:])
-    left = np.concatenate(left)
-    right = np.concatenate(right)
-    once = np.ones(len(left), np.float32)
-    return sparse.coo_matrix((once, (left, right)), (len(number), len(number))).tocsr()
+    rows, columns = np.concatenate(left), np.concatenate(right)
+    once = np.ones(len(rows), np.float32)
+    return sparse.coo_matrix((once, (rows, columns)), (len(number), len(number))).tocsr()
 
 
 def word_vectors(company: sparse.csr_matrix) -> np.ndarray:

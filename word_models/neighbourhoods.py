@@ -121,5 +121,5 @@ def _centres(places: np.ndarray, count: int, seed: int) -> np.ndarray:
 
     kmeans = faiss.Kmeans(places.shape[1], count, niter=CLUSTER_ROUNDS, seed=seed, min_points_per_centroid=1)
     kmeans.train(places)
-    occupied = np.unique(nearest_centre(places, kmeans.centroids))
-    return kmeans.centroids[occupied]
+    centres = np.asarray(kmeans.centroids)
+    return centres[np.unique(nearest_centre(places, centres))]

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -105,7 +106,7 @@ def write_catalogue(folder: Path, train_rows: int, test_rows: int, data: str) ->
 
 def _draw_pictures(folder: Path) -> list[Path]:
     """One picture file for each category and grade of the sample catalogue."""
-    paths = []
+    paths: list[Path] = []
     for category in sample_catalog.CATEGORIES:
         for grade in sample_catalog.GRADE:
             path = folder / f"{len(paths)}.jpg"
@@ -264,13 +265,13 @@ def _measured(sender: Connection, work: Callable[[Path], None], warm: Path, fold
     sender.send({"seconds": seconds, "mib": peak / MIB})
 
 
-def measure_stage(name: str, stage: Stage, sizes: Sequence[int], rounds: int) -> list[dict[str, object]]:
+def measure_stage(name: str, stage: Stage, sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """One row per size, with the fastest time and the smallest peak of the rounds."""
     found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     for _ in range(rounds):
         for size in sizes:  # in turns: a machine that slows down slows all sizes down
             found[size].append(fresh_process(stage, size))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size, results in found.items():
         seconds = min(result["seconds"] for result in results)
         rows.append(

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from clip_finetune.model import PriceClip
     from siglip_extract.encoder import Encoder as SiglipEncoder
     from siglip_extract.model import Tower
-    from training.extraction import BatchEncoder
+    from training.extraction import BatchEncoder, InputRows
 
 CLIP_SIDE = 224
 SIGLIP_SIDE = 384
@@ -91,7 +91,7 @@ def real_pictures(settings: ImageExtractionSettings) -> list[Image.Image]:
     """Up to `count` readable pictures of the folder."""
     if not settings.pictures.is_dir():
         return []
-    found = []
+    found: list[Image.Image] = []
     for path in sorted(settings.pictures.iterdir()):
         if len(found) == settings.count:
             break
@@ -168,7 +168,7 @@ def averaged_for_clip(path: Path) -> Image.Image:
     return shrunk(open_for_siglip(path), CLIP_SIDE)
 
 
-def per_core(paths: list[Path], rounds: int) -> list[dict[str, object]]:
+def per_core(paths: list[Path], rounds: int) -> list[dict[str, Any]]:
     """Milliseconds per picture on one thread: the stages' ways, their parts, and the plain ways."""
     from pipeline.extract_images import shrunk
     from studies.benchmarks.measure import interleave
@@ -234,12 +234,12 @@ class ReducedDecode(NamedTuple):
     """A decode at a reduced scale, and the encoder whose embedding it may move."""
 
     name: str
-    decode: Callable[[Path], object]
-    prepare: Callable[[object], Tensor]
+    decode: Callable[[Path], Any]
+    prepare: Callable[[Any], Tensor]
     encode: Callable[[Tensor], Tensor]
 
 
-def agreement(paths: list[Path]) -> list[dict[str, object]]:
+def agreement(paths: list[Path]) -> list[dict[str, Any]]:
     """How far inputs and embeddings move when the decode is reduced.
 
     The encoders are random, and a random encoder puts all pictures close together: `cosine_of_two_pictures` is the
@@ -289,7 +289,7 @@ def agreement(paths: list[Path]) -> list[dict[str, object]]:
     return rows
 
 
-def from_files(paths: list[Path], settings: ImageExtractionSettings) -> list[dict[str, object]]:
+def from_files(paths: list[Path], settings: ImageExtractionSettings) -> list[dict[str, Any]]:
     """Pictures per second through the stages' own loop, which decodes and encodes at the same time."""
     from pipeline.extract_images import BothInputs
     from studies.benchmarks.measure import gemm_rate, interleave
@@ -346,6 +346,7 @@ def random_clip(device: torch.device, full_size: bool) -> ClipEncoder:
 
 
 def random_siglip(device: str, full_size: bool) -> SiglipEncoder:
+    """The stage's encoder of pictures with random weights."""
     from siglip_extract.config import Settings
     from siglip_extract.encoder import Encoder
 
@@ -354,7 +355,7 @@ def random_siglip(device: str, full_size: bool) -> SiglipEncoder:
 
 
 def extraction(
-    rows: PictureRows, encoders: list[BatchEncoder], settings: ImageExtractionSettings, device: torch.device
+    rows: InputRows, encoders: list[BatchEncoder], settings: ImageExtractionSettings, device: torch.device
 ) -> Callable[[], None]:
     """A call that embeds all rows as one shard and throws the embeddings away."""
     from training.extraction import embed_shards
@@ -392,7 +393,7 @@ def clip_flop(clip: PriceClip) -> float:
 
 def siglip_flop(tower: Tower) -> float:
     """FLOP of one picture's embedding."""
-    config = tower.model.config
+    config: Any = tower.model.config
     encoder = next(module for name, module in tower.model.named_modules() if name.endswith("encoder"))
     patches = (config.image_size // config.patch_size) ** 2
     return vision_flop(
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = make_jpegs(settings, Path(folder))
         kilobytes = float(np.mean([path.stat().st_size for path in paths])) / 1000
-        rows = [{"jpegs": len(paths), "kilobytes": kilobytes}]
+        rows: list[dict[str, Any]] = [{"jpegs": len(paths), "kilobytes": kilobytes}]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         rows += per_core(paths, settings.rounds)

@@ -11,17 +11,20 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from contracts.files import write_json
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 def interleave(
-    rivals: dict[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1
-) -> dict[str, dict[str, float]]:
+    rivals: Mapping[Name, Callable[[], object]], *, rounds: int = 5, warmup: int = 1
+) -> dict[Name, dict[str, float]]:
     """Run every rival once per round, in turns.
 
     Args:
@@ -31,7 +34,7 @@ def interleave(
     Returns:
         For each rival the seconds per call as {"best", "median"}.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    seconds: dict[Name, list[float]] = {name: [] for name in rivals}
     for number in range(warmup + rounds):
         for name, work in rivals.items():
             elapsed = seconds_of(work)
@@ -101,7 +104,7 @@ def _processor() -> str:
     return platform.machine()
 
 
-def report(out: Path, rows: list[dict[str, object]], device: str = "cpu", **facts: object) -> None:
+def report(out: Path, rows: Sequence[Mapping[str, object]], device: str = "cpu", **facts: object) -> None:
     """Print the rows of a benchmark and write them as json, with the command, the machine and other `facts`."""
     content = {"command": _command(), "machine": machine(device), **facts, "rows": rows}
     write_json(out, content)
@@ -115,7 +118,7 @@ def _command() -> str:
     return " ".join(["python", "-m", module, *sys.argv[1:]])
 
 
-def in_one_line(row: dict[str, object]) -> str:
+def in_one_line(row: Mapping[str, object]) -> str:
     """A row for people: names and values, numbers with four digits."""
     parts = []
     for name, value in row.items():

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from qwen3_finetune.config import QwenSettings
     from qwen3_finetune.data import TextRows
     from qwen3_finetune.loop import Training
+
+
+Quantization = Literal["nf4", "none"]
 
 
 @dataclass
@@ -65,7 +68,7 @@ class QwenFinetuningSettings:
             self.rounds = 1
 
 
-def stage_settings(settings: QwenFinetuningSettings, quantization: str) -> QwenSettings:
+def stage_settings(settings: QwenFinetuningSettings, quantization: Quantization) -> QwenSettings:
     """LoRA as the stage's defaults have it, on the encoder of this device."""
     from qwen3_finetune.config import QwenSettings
 
@@ -208,8 +211,8 @@ def peak_gigabytes(work: Callable[[], object]) -> float:
 
 
 def compare(
-    settings: QwenFinetuningSettings, quantization: str, accelerator: Accelerator, folder: Path
-) -> list[dict[str, object]]:
+    settings: QwenFinetuningSettings, quantization: Quantization, accelerator: Accelerator, folder: Path
+) -> list[dict[str, Any]]:
     """Rows of our epoch and the Trainer's, for one way to store the weights."""
     import torch
 
@@ -269,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
 
     accelerator = build_accelerator(choose_device(settings.device), "auto")
     rows = []
-    for quantization in ("nf4", "none") if settings.device == "cuda" else ("none",):
+    quantizations: tuple[Quantization, ...] = ("nf4", "none") if settings.device == "cuda" else ("none",)
+    for quantization in quantizations:
         with tempfile.TemporaryDirectory() as folder:
             rows += compare(settings, quantization, accelerator, Path(folder))
     report(settings.out, rows, settings.device)

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -213,13 +213,14 @@ def sentence_transformer(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
+    encoder: Any = model.encoder
     with tempfile.TemporaryDirectory() as folder:
-        model.encoder.save_pretrained(folder)
+        encoder.save_pretrained(folder)
         tokenizer.padding_side = model.padding_side
         tokenizer.save_pretrained(folder)
         transformer = Transformer(folder, model_kwargs={"dtype": spec.dtype}, max_seq_length=spec.max_length)
     mode = "lasttoken" if spec.pooling == "last" else spec.pooling
-    pooling = Pooling(model.encoder.config.hidden_size, mode)
+    pooling = Pooling(spec.config.hidden_size, mode)
     return SentenceTransformer(modules=[transformer, pooling], device=str(device))
 
 
@@ -251,19 +252,22 @@ def main(argv: list[str] | None = None) -> None:
     library = sentence_transformer(model, tokenizer, spec, device)
 
     budget_of = {f"ours, {budget} tokens per batch": budget for budget in settings.tokens_per_batch}
-    rivals: dict[str, Callable[[], np.ndarray]] = {
-        name: functools.partial(ours.embed, texts, budget) for name, budget in budget_of.items()
-    }
+    rivals: dict[str, Callable[[], np.ndarray]] = {}
+    for name, budget in budget_of.items():
+        rivals[name] = functools.partial(ours.embed, texts, budget)
     with_library = functools.partial(library.encode, texts, show_progress_bar=False)
     padded_to_max = functools.partial(ours.embed_padded_to_max, texts)
-    others = {"sentence-transformers": with_library, f"padded to {settings.max_length}": padded_to_max}
+    others: dict[str, Callable[[], np.ndarray]] = {
+        "sentence-transformers": with_library,
+        f"padded to {settings.max_length}": padded_to_max,
+    }
     times = interleave(rivals | others, rounds=settings.rounds)
 
     inputs = ours.inputs(texts)
     lengths = inputs.lengths
     tokens = int(lengths.sum())
-    flop = 2 * linear_weights(model.encoder) * tokens
-    flop += attention_flop(model.encoder.config, lengths, causal=model.padding_side == "left")
+    flop = 2.0 * linear_weights(model.encoder) * tokens
+    flop += attention_flop(spec.config, lengths, causal=model.padding_side == "left")
     rate = gemm_rate(settings.device, spec.dtype)
     rows = []
     for name, seconds in times.items():

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 # The default arguments of this module hold whatever group exists when it is first imported, and any optimizer imports
-# it. Imported later, it would keep the group beyond `destroy_process_group`, and one of its threads could abort the exit.
+# it. Imported later, it would keep the group beyond its end, and one of the group's threads could abort the exit.
 import torch.distributed.nn.functional  # noqa: F401
 from torch import distributed, nn
 

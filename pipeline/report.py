@@ -66,7 +66,7 @@ def write_report(root: Path) -> Path:
         "Scores": scores(workspace),
         "The ensemble": members(workspace),
         "The submission": submission(workspace),
-        f"Where {run} is right and wrong": run_plots(workspace, run),
+        "Where the prices are right and wrong": run_plots(workspace, run),
         "Products": products(workspace, run),
         "The catalogue": catalogue(workspace),
         "Training of the encoders": "".join(run_plots(workspace, run) for run in ENCODER_RUNS),

@@ -16,6 +16,7 @@ OUT ?= .
 PRESET ?= base
 ## COLUMNS      which column is which: "id=sku text=title,description price=sell_price image=image_url"
 ## FEATURES     columns with further facts: "weight_kg brand"
+## DECIMAL      what stands before the cents of a price, . or , (default: .); CURRENCY labels prices (default: $$)
 ## RESUME       1: skip the stages whose inputs, outputs and commands have not changed
 ## ENCODER      text encoder of PRESET=cpu: folder or hub id (default: all-MiniLM-L6-v2)
 ENCODER ?= $(MINILM)
@@ -55,7 +56,8 @@ demo: .venv/installed  ## Price a generated catalogue by the fusion route: score
 pipeline: .venv/installed-dev  ## Price DATA: encoders, models, test_out.csv, report, saved models
 	$(call require,DATA)
 	$(RUN) -m pipeline.run --data "$(DATA)" --preset "$(PRESET)" --workspace "$(OUT)" --encoder "$(ENCODER)" \
-		$(if $(COLUMNS),--columns $(COLUMNS)) $(if $(FEATURES),--features $(FEATURES)) $(if $(RESUME),--resume)
+		$(if $(COLUMNS),--columns $(COLUMNS)) $(if $(FEATURES),--features $(FEATURES)) \
+		$(if $(DECIMAL),--decimal "$(DECIMAL)") $(if $(CURRENCY),--currency "$(CURRENCY)") $(if $(RESUME),--resume)
 
 accuracy:  ## The same as pipeline PRESET=cpu: our best score, without a GPU
 	$(MAKE) pipeline PRESET=cpu

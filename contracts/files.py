@@ -57,6 +57,19 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
 
 
+def read_versioned(path: Path | str, schema: int, remedy: str) -> Any:
+    """Read a JSON file that says in `schema` how it is laid out. Raises InputError for a file of another version.
+
+    Args:
+        schema: the version that this program reads.
+        remedy: what the user can do, such as "train it again".
+    """
+    content = read_json(path)
+    if content.get("schema") != schema:
+        raise InputError(f"{path}: schema {content.get('schema')!r}, this version reads {schema}; {remedy}")
+    return content
+
+
 def sha256_file(path: Path | str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ import pandas as pd
 
 from contracts.catalog import read_table
 from contracts.errors import InputError
-from contracts.files import atomic_write, read_json, sha256_file, sidecar_of, write_json
+from contracts.files import atomic_write, read_versioned, sha256_file, sidecar_of, write_json
 from contracts.smape import SMALLEST_PRICE
 from contracts.splits import N_FOLDS, leaked_folds, split_hash
 from contracts.workspace import Workspace
@@ -175,9 +175,7 @@ def prediction_names(workspace: Workspace, split: str = "train") -> list[str]:
 def _read_meta(path: Path, workspace: Workspace) -> dict[str, Any] | None:
     if not sidecar_of(path).is_file():
         return None
-    meta = read_json(sidecar_of(path))
-    if meta.get("schema") != SCHEMA:
-        raise InputError(f"{sidecar_of(path)}: schema {meta.get('schema')!r}, this version reads {SCHEMA}")
+    meta = read_versioned(sidecar_of(path), SCHEMA, "predict again")
     if meta.get("sha256") != sha256_file(path):
         raise InputError(
             f"{path}: sha256 differs from {sidecar_of(path).name}; the file was changed, predict again"

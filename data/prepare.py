@@ -39,6 +39,8 @@ HASH_DIGITS = 12
 SUFFIX_LENGTH = 40
 """Characters of the original name that are kept behind the hash."""
 LISTED_ROWS = 10
+CATALOG_KEYS = ("images_folder", "seed", "folds", "columns", "features", "decimal", "currency")
+"""What data/catalog.json says of the whole catalogue, beside one entry per table."""
 
 
 @dataclass
@@ -72,6 +74,10 @@ class PrepareSettings:
             raise InputError("--input and --table go together: the file, and the name of the further table")
         if self.table == "train":
             raise InputError("--table train: give the priced table as --data FILE")
+        if self.table in CATALOG_KEYS:
+            raise InputError(
+                f"--table {self.table}: data/catalog.json uses this word itself; choose another name"
+            )
         if self.input is not None and (self.columns or self.features):
             raise InputError("--input: the columns of the training table are used again; leave --columns out")
 
@@ -197,8 +203,13 @@ def prepare_catalogue(settings: PrepareSettings) -> None:
     mapping = ColumnMapping.parse(
         settings.columns, features=settings.features, decimal=settings.decimal, currency=settings.currency
     )
+    tables = find_tables(settings.data)
+    stale = workspace.path("prepared", split="test")
+    if "test" not in tables and stale.is_file():
+        # later stages would price it by models of a catalogue that it does not belong to
+        raise InputError(f"{stale}: an earlier catalogue's, and this one has no test; use another workspace")
     sources = []
-    for name, file in find_tables(settings.data).items():
+    for name, file in tables.items():
         rows, mapping, report = map_catalog(
             read_any(file),
             str(file),

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from contracts.errors import InputError
-from contracts.files import read_json, write_json
+from contracts.files import read_versioned, write_json
 from ensemble.weights import difficulty_of
 
 SCHEMA = 1
@@ -74,11 +74,7 @@ class Ensemble:
         path = folder / FILE
         if not path.is_file():
             raise InputError(f"{path}: no fitted ensemble; run python -m ensemble.train")
-        content = read_json(path)
-        if content.get("schema") != SCHEMA:
-            raise InputError(
-                f"{path}: schema {content.get('schema')!r}, this version reads {SCHEMA}; train it again"
-            )
+        content = read_versioned(path, SCHEMA, "train it again")
         factors = {float(coverage): factor for coverage, factor in content["interval_factors"].items()}
         members = tuple(Member(**member) for member in content["members"])
         return cls(members, tuple(content["weights"]), factors, content["score"])

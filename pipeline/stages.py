@@ -28,6 +28,10 @@ class PipelineSettings:
     """Which column is which, such as id=sku text=title,description price=sell_price; see data.prepare."""
     features: tuple[str, ...] = ()
     """Columns with further facts, numbers or categories."""
+    decimal: str = "."
+    """What stands before the cents of a price: . or ,"""
+    currency: str = "$"
+    """How prices are labelled."""
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Frozen text encoder of preset cpu: hub id or local folder."""
     download: bool = False
@@ -77,12 +81,19 @@ def pipeline_stages(settings: PipelineSettings) -> list[Stage]:
     mapping = []
     for flag, values in (("--columns", settings.columns), ("--features", settings.features)):
         mapping += [flag, *values] if values else []
+    for flag, value, default in (
+        ("--decimal", settings.decimal, "."),
+        ("--currency", settings.currency, "$"),
+    ):
+        mapping += [flag, value] if value != default else []
     prepare = Stage(
         "data.prepare", ("--data", str(settings.data), *mapping),
         reads=tuple(str(file.resolve()) for file in sources.values()),
         writes=(*prepared(*tables), "data/folds.csv", "data/catalog.json"),
     )  # fmt: skip
     download = [Stage("data.download_images")] if settings.download else []
+    if settings.preset == "cpu" and settings.download:
+        raise InputError("--download: preset cpu looks at no pictures; leave it out")
     if settings.preset == "cpu":
         return [prepare, *word_stages(settings.encoder, tables)]
     if "test" not in tables:

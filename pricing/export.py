@@ -45,10 +45,13 @@ def export(
         license: what the model card says.
 
     Raises:
-        InputError: the folder exists (unless `overwrite`), or a part of the system is missing.
+        InputError: the folder exists (unless `overwrite` and it is an earlier export), or a part of the system is
+            missing.
     """
     if target.exists() and not overwrite:
         raise InputError(f"{target}: exists already; --overwrite replaces it")
+    if target.exists() and not _may_be_replaced(target):
+        raise InputError(f"{target}: is no earlier export, so it is not replaced; choose another --to")
     model = PriceModel.load(root)  # names whatever part is missing
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -59,13 +62,20 @@ def export(
         write_json(unfinished / FORMAT_FILE, {"format": FORMAT})
         card = model_card(model, license=license, known_products=known_products)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
+        replaced = target.with_name(f".{target.name}.replaced")
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(replaced)  # whatever happens now, one of the two is whole
         unfinished.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return target
+
+
+def _may_be_replaced(target: Path) -> bool:
+    """An earlier export or an empty folder; anything else might be somebody's work."""
+    return target.is_dir() and ((target / FORMAT_FILE).is_file() or not any(target.iterdir()))
 
 
 def _copy_runs(model: PriceModel, target: Path) -> None:

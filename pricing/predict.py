@@ -60,6 +60,8 @@ def _check_files(source: Path, target: Path, *, overwrite: bool) -> None:
     table_format(target)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
+    if target.exists() and target.samefile(source):
+        raise InputError(f"{target}: is the input itself; choose another --output")
     if target.exists() and not overwrite:
         raise InputError(f"{target}: exists already; --overwrite replaces it")
 

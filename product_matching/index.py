@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from contracts.errors import InputError, run_entry_point
-from contracts.files import atomic_write, read_json, sha256_file, write_json
+from contracts.files import atomic_write, read_json, read_versioned, sha256_file, write_json
 from product_matching.catalogue import check_catalogue, product_text, read_catalogue
 from product_matching.config import IndexSettings
 from product_matching.vector_index import KINDS, VectorIndex, choose_kind
@@ -200,11 +200,7 @@ class CatalogueIndex:
         folder = Path(folder)
         if not (folder / "index.json").is_file():
             raise InputError(f"{folder}: no index.json there; run python -m product_matching.index build")
-        meta = read_json(folder / "index.json")
-        if meta.get("schema") != SCHEMA:
-            raise InputError(
-                f"{folder / 'index.json'}: schema {meta.get('schema')!r}, this version reads {SCHEMA}"
-            )
+        meta = read_versioned(folder / "index.json", SCHEMA, "build the index again")
         files = {content: folder / name for content, name in meta.pop("files").items()}
         # before faiss reads its file: one that is cut short can crash the process
         for content, expected in meta.pop("sha256").items():

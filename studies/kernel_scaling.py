@@ -37,8 +37,9 @@ from training.settings import parse_settings
 from word_models.compared import ComparedRows
 from word_models.config import WordModelSettings
 from word_models.features import FeatureBuilder, Features, build_features
-from word_models.kernel import KernelModel, Similarity, learn
+from word_models.kernel import KernelModel
 from word_models.neighbourhoods import SIZES, Sizes
+from word_models.similarity import Similarity, learn
 
 GRAM_ROWS_AT_ONCE = 1_024
 JITTER = 1e-6

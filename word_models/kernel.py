@@ -1,26 +1,18 @@
-"""Kernel ridge regression with a learned similarity: a product costs what similar products of similar amounts cost.
+"""Kernel ridge regression: a product costs what similar products of similar amounts cost.
 
-    k(i, j) = Σ_g s_g · exp(−Σ_b θ_gb (1 − cos_b(i, j)) − Σ_a γ_ga |a_i − a_j|² / 2),  g = 1 … 3
-
-b runs over the blocks of words and the views of meaning, a over the amounts. With several sums, one can ask for the
-same words and forgive the amount while another asks for the same amount of something similar. Scales s, rates θ and γ,
-and the noise minimise the SMAPE of leave-one-out predictions, which kernel ridge regression gives in closed form
-(Rasmussen & Williams 2006, "Gaussian processes for machine learning", equation 5.12). They are learned by gradient
-descent on two samples of rows in turn.
-
-The exact form inverts one matrix of all pairs of fitted rows. Beyond `Sizes.exact` rows, the rows are cut into
-neighbourhoods of at most `Sizes.members` rows, and each is an exact regression of its own: leave-one-out stays closed,
-and time per row stays flat (`word_models.neighbourhoods` says how they are chosen). The similarity and the mean price
-are those of all rows.
+`word_models.similarity` says what is similar. The exact form inverts one matrix of all pairs of fitted rows. Beyond
+`Sizes.exact` rows, the rows are cut into neighbourhoods of at most `Sizes.members` rows, and each is an exact
+regression of its own: leave-one-out stays closed, and time per row stays flat (`word_models.neighbourhoods` says how
+they are chosen). The similarity and the mean price are those of all rows.
 
 A second model learns where this one errs, from its prices and from what similar products cost (`Estimate`).
 
-Legend: n fitted rows, m asked rows, C comparisons (blocks, views, amounts), G sums, P powers.
+Legend: n fitted rows, m asked rows, C comparisons (blocks, views, amounts), P powers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -31,12 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from contracts.errors import InputError
-from contracts.files import atomic_write, read_json, write_json
+from contracts.files import atomic_write, read_versioned, write_json
 from word_models.compared import ComparedRows
 from word_models.config import WordModelSettings
 from word_models.features import Features
-from word_models.loss import smape_fraction
 from word_models.neighbourhoods import SIZES, Sizes, nearest_centre, neighbourhoods
+from word_models.similarity import Similarity, learn, places
 from word_models.surroundings import COLUMNS, POWERS, PRICE_COLUMNS, surroundings
 
 SCHEMA = 1
@@ -44,122 +36,6 @@ SCHEMA = 1
 
 ROWS_AT_ONCE = 1_024
 """Asked rows that are compared together with all fitted rows. The number bounds memory and changes no result."""
-
-SUMS = 3
-SAMPLE_ROWS = 2_800
-"""Rows in each of the two samples that the similarity is learned from: half of 5,600, the rows outside a hold-out of
-7,000. The inverse at each step costs the cube of this number."""
-LEARNING_RATE = 0.15
-"""Highest learning rate. What is learned are logarithms, so a step changes a rate by up to 16 %."""
-WARM_UP = 0.1
-"""Fraction of the steps in which the learning rate rises."""
-
-# Where learning starts. All are logarithms.
-START_RATE = -1.5
-"""A rate of 0.22: products without a common word are 0.8 times as similar, in one comparison, as equal ones."""
-START_RATE_FORGIVING = -4.0
-"""A rate of 0.02, of amounts in all sums but the last: they hardly look at the amount."""
-START_SPREAD = 0.3
-"""Standard deviation of the random part of the rates. Equal sums would learn the same."""
-START_NOISE = -2.5
-"""A variance of 0.08: prices of products that are equal in everything known differ by about 30 %."""
-
-
-@dataclass
-class Similarity:
-    """The numbers that are learned, all of them logarithms."""
-
-    rate: Tensor
-    """(G, C) θ and γ; the amounts are the last comparisons"""
-    scale: Tensor
-    """(G,) s"""
-    noise: Tensor
-    """() variance of ln price that no similarity explains: the penalty of the ridge regression"""
-
-    @classmethod
-    def start(cls, comparisons: int, amounts: int, seed: int) -> Similarity:
-        """Sums that differ slightly from each other; only the last asks for the same amounts."""
-        first_amount = comparisons - amounts
-        rate = torch.full((SUMS, comparisons), START_RATE)
-        rate[:-1, first_amount:] = START_RATE_FORGIVING
-        random = torch.Generator().manual_seed(seed)
-        rate += START_SPREAD * torch.randn(rate.shape, generator=random)
-        return cls(rate, scale=torch.zeros(SUMS), noise=torch.tensor(START_NOISE))
-
-    def __call__(self, differences: Tensor) -> Tensor:
-        """(C, m, n) → (m, n) kernel."""
-        exponent = -(self.rate.exp() @ differences.flatten(1))  # (G, m·n)
-        exponent = exponent.unflatten(1, differences.shape[1:])  # (G, m, n)
-        return torch.einsum("g,gmn->mn", self.scale.exp(), exponent.exp())
-
-    def log(self, differences: Tensor) -> Tensor:
-        """(C, m, n) → (m, n) logarithm of the kernel as a fraction of its largest value."""
-        # equal products have the largest kernel: all exponentials are 1, and the scales remain
-        fraction = self(differences) / self.scale.exp().sum()
-        return fraction.clamp(min=torch.finfo(fraction.dtype).tiny).log()
-
-    def of_words(self, amounts: int) -> Similarity:
-        """The same similarity without the last `amounts` comparisons."""
-        rate = self.rate.clone()
-        rate[:, -amounts:] = -torch.inf  # a rate of 0: the difference does not count
-        return replace(self, rate=rate)
-
-    def with_noise(self, gram: Tensor) -> Tensor:
-        """(n, n) kernel of the fitted rows → the matrix that ridge regression inverts."""
-        return gram + self.noise.exp() * torch.eye(len(gram))
-
-
-def places(similarity: Similarity, rows: ComparedRows) -> np.ndarray:
-    """Where rows lie, (N, D) float32, so that half the squared distance is how much they differ in views and amounts.
-
-    It is the exponent of the formula with the mean rate of all sums, weighted by their scales. Words do not enter: the
-    views stand for them, and a random projection of the words beside the views changed no score.
-    """
-    weight = torch.softmax(similarity.scale, dim=0)  # (G,)
-    rate = (weight @ similarity.rate.exp()).sqrt().numpy()  # (C,)
-    columns = []
-    for position, view in enumerate(rows.views, start=len(rows.words)):
-        # 1 − cosine is half the squared distance of vectors of length 1
-        columns.append(rate[position] * view)
-    for position, amounts in enumerate(rows.amounts.values(), start=len(rows.words) + len(rows.views)):
-        columns.append(rate[position] * amounts)
-    return np.hstack(columns)
-
-
-def learn(settings: WordModelSettings, fit: ComparedRows, ln_price: np.ndarray) -> Similarity:
-    """The similarity after `settings.kernel_steps` steps of Adam on the SMAPE of leave-one-out predictions.
-
-    ln_price is (n,). Large catalogues are learned from two samples of SAMPLE_ROWS rows, small ones from two halves.
-    """
-    # steps on two samples in turn, so that what is learned does not fit one of them too closely
-    shuffled = np.random.default_rng(settings.seed).permutation(len(ln_price))
-    compared = []
-    targets = []
-    for half in np.array_split(shuffled, 2):
-        sample = half[:SAMPLE_ROWS]
-        compared.append(fit[sample].differences(fit[sample]))  # (C, rows, rows), once and not per step
-        targets.append(torch.from_numpy(ln_price[sample] - ln_price[sample].mean()).float())
-
-    similarity = Similarity.start(len(compared[0]), len(fit.amounts), settings.seed)
-    learned = [similarity.rate, similarity.scale, similarity.noise]
-    for tensor in learned:
-        tensor.requires_grad_()
-    optimizer = torch.optim.Adam(learned)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, settings.kernel_steps, pct_start=WARM_UP
-    )
-    for step in tqdm(range(settings.kernel_steps), desc="similarity", unit=" steps", leave=False):
-        target = targets[step % 2]
-        gram = similarity(compared[step % 2])
-        inverse = torch.linalg.inv(similarity.with_noise(gram))
-        # equation 5.12: the error of each row, were the regression fitted without it
-        left_out_error = (inverse @ target) / inverse.diagonal()
-        loss = smape_fraction(left_out_error)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return Similarity(*(tensor.detach() for tensor in learned))
 
 
 @dataclass
@@ -287,12 +163,7 @@ class KernelModel:
         Raises:
             InputError: a file is absent or damaged, or was written by another version.
         """
-        content = read_json(folder / "kernel.json")
-        if content.get("schema") != SCHEMA:
-            raise InputError(
-                f"{folder}/kernel.json: written in format {content.get('schema')}, but this version reads {SCHEMA}; "
-                "fit the model again"
-            )
+        content = read_versioned(folder / "kernel.json", SCHEMA, "fit the model again")
         try:
             with np.load(folder / "kernel.npz", allow_pickle=False) as file:
                 arrays = dict(file)

@@ -26,7 +26,7 @@ import pandas as pd
 
 from contracts.embeddings import Embeddings
 from contracts.errors import InputError
-from contracts.files import read_json, write_json
+from contracts.files import read_versioned, write_json
 from word_models.embedding_columns import EmbeddingColumns
 from word_models.features import FeatureBuilder, Features
 from word_models.models import MODELS, Model
@@ -86,13 +86,12 @@ class WordModel:
         path = folder / FILE
         if not path.is_file():
             raise InputError(f"{path}: no saved model; run python -m word_models.train")
-        content = read_json(path)
-        if content.get("schema") != SCHEMA or content.get("model") not in MODELS:
+        content = read_versioned(path, SCHEMA, "train it again")
+        kind = content.get("model")
+        if kind not in MODELS:
             raise InputError(
-                f"{path}: schema {content.get('schema')!r}, model {content.get('model')!r}; this version reads schema "
-                f"{SCHEMA} and {', '.join(MODELS)}; train it again"
+                f"{path}: model {kind!r}; this version knows {', '.join(MODELS)}; train it again"
             )
-        kind = content["model"]
         encoders = [EmbeddingColumns.load(folder / "embeddings", name) for name in content["embeddings"]]
         return cls(
             kind, FeatureBuilder.load(folder / "features"), encoders, MODELS[kind].load(folder / "model")

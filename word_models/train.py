@@ -53,7 +53,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             encoder.require_same_encoder(read_embedding(workspace, encoder.name, "test"))
     folder = workspace.path("run", name=name)
     require_own_folder(folder)
-    run = RunFolder.start(folder, settings, inputs=input_files(workspace, settings))
     others = [] if test is None else [test]
     builder = FeatureBuilder.fit(table, others, facts=fact_kinds(workspace))
     features = features_of(builder, encoders, table, embeddings)
@@ -61,6 +60,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     price = table["price"].to_numpy()
     fold = table["fold"].to_numpy()
     ln_predicted, constant = predict_out_of_fold(settings, features, np.log(price), fold)
+    model = MODELS[settings.model].fit(settings, features, np.log(price))
+
+    # only now that everything is fitted does an earlier run of this name give way
+    run = RunFolder.start(folder, settings, inputs=input_files(workspace, settings))
     # an encoder that has seen a row counts like a model that has seen it
     encoders_fitted_on = [content.meta["fitted_on"] for content in embeddings.values()]
     folds = union_fitted_on(fitted_out_of_fold(N_HOLDOUTS), *encoders_fitted_on)
@@ -75,7 +78,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     score = report(name, price, np.exp(ln_predicted), constant)
 
-    model = MODELS[settings.model].fit(settings, features, np.log(price))
     WordModel(settings.model, builder, encoders, model).save(run.path)
     if test is None:
         # the prices of an older model must not pass for those of this one

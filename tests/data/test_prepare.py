@@ -233,6 +233,7 @@ def test_pictures_of_a_further_table_take_no_name_that_is_taken(tmp_path):
         (["--input", "x.csv", "--table", "new", "--columns", "id=a"], "leave --columns out"),
         (["--input", "x.csv", "--table", "../new"], "catalog.json: no such file|use letters"),
         (["--decimal", ";"], "choose . or ,"),
+        (["--input", "x.csv", "--table", "folds"], "uses this word itself"),
     ],
 )
 def test_flags_that_do_not_fit(tmp_path, flags, message):
@@ -245,3 +246,13 @@ def test_a_table_in_two_formats_is_not_guessed_at(tmp_path):
     pd.read_csv(source / "train.csv").to_parquet(source / "train.parquet")
     with pytest.raises(InputError, match="train is there twice: train.csv, train.parquet"):
         run(tmp_path, source)
+
+
+def test_a_test_table_of_an_earlier_catalogue_is_not_priced_by_the_next(tmp_path):
+    workspace = run(tmp_path, catalogue(tmp_path))
+    before = workspace.path("prepared", split="train").read_bytes()
+    with table_writer(tmp_path / "shop.csv") as writer:
+        writer.write(electronics(30))
+    with pytest.raises(InputError, match="prepared_test.csv: an earlier catalogue's"):
+        run(tmp_path, tmp_path / "shop.csv", "--columns", *ELECTRONICS)
+    assert workspace.path("prepared", split="train").read_bytes() == before

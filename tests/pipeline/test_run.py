@@ -145,3 +145,14 @@ def test_without_a_test_table_the_cpu_preset_ends_with_saved_models(tables):
         PipelineSettings(data=tables / "train.parquet", preset="cpu", columns=("id=sku",))
     )
     assert one_file[0].arguments == ("--data", str(tables / "train.parquet"), "--columns", "id=sku")
+
+
+def test_settings_reach_the_stage_that_reads_the_table(tables):
+    settings = PipelineSettings(data=tables, preset="cpu", features=("brand",), decimal=",", currency="€")
+    arguments = pipeline_stages(settings)[0].arguments
+    assert arguments == ("--data", str(tables), "--features", "brand", "--decimal", ",", "--currency", "€")
+
+
+def test_a_download_that_nobody_would_look_at_is_refused(tables):
+    with pytest.raises(InputError, match="--download: preset cpu looks at no pictures"):
+        pipeline_stages(PipelineSettings(data=tables, preset="cpu", download=True))

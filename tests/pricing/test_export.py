@@ -89,6 +89,14 @@ def test_a_folder_that_exists_is_refused_and_a_failure_leaves_nothing(word_syste
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_a_folder_that_is_no_export_is_never_replaced(word_system, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="home: is no earlier export, so it is not replaced"):
+        export.export(word_system, tmp_path / "home", overwrite=True)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
 def test_a_local_pretrained_model_is_brought_along(exported, word_system, pretrained, raw):
     """The encoder's folder is gone when the export is opened, as it is on another machine."""
     expected = PriceModel.load(word_system, device="cpu").predict(raw)["price"]

@@ -120,6 +120,15 @@ def test_an_output_that_exists_stays_as_it_is(word_system, raw, tmp_path):
     assert len(read_any(target)) == 5
 
 
+def test_the_input_is_never_the_output(word_system, raw, tmp_path):
+    raw.to_csv(tmp_path / "new.csv", index=False)
+    before = (tmp_path / "new.csv").read_bytes()
+    files = ["--input", str(tmp_path / "new.csv"), "--output", str(tmp_path / "new.csv")]
+    with pytest.raises(InputError, match="new.csv: is the input itself"):
+        predict.main(["--model", str(word_system), *files, "--overwrite"])
+    assert (tmp_path / "new.csv").read_bytes() == before
+
+
 def test_an_error_in_a_later_piece_leaves_nothing_behind(word_system, tmp_path):
     lines = [json.dumps({"sample_id": str(row), "catalog_content": "Item Name: Tea"}) for row in range(30)]
     with gzip.open(tmp_path / "new.jsonl.gz", "wt") as file:

@@ -11,7 +11,8 @@ from contracts.workspace import Workspace
 from word_models.compared import ComparedRows
 from word_models.config import WordModelSettings
 from word_models.features import build_features
-from word_models.kernel import KernelModel, Similarity, compare, learn
+from word_models.kernel import KernelModel, compare
+from word_models.similarity import Similarity, learn
 from word_models.surroundings import COLUMNS, POWERS, SLOPE_PRIOR, USUAL_SLOPE, surroundings
 
 SETTINGS = WordModelSettings(model="kernel", kernel_steps=15)
@@ -175,5 +176,5 @@ def test_a_damaged_or_foreign_file_is_named(products, tmp_path):
             KernelModel.load(tmp_path)
     written = read_json(tmp_path / "kernel.json")
     write_json(tmp_path / "kernel.json", written | {"schema": 99})
-    with pytest.raises(InputError, match="kernel.json: written in format 99"):
+    with pytest.raises(InputError, match="kernel.json: schema 99"):
         KernelModel.load(tmp_path)

@@ -8,8 +8,9 @@ from contracts.workspace import Workspace
 from word_models.compared import ComparedRows
 from word_models.config import WordModelSettings
 from word_models.features import build_features
-from word_models.kernel import KernelModel, learn, places
+from word_models.kernel import KernelModel
 from word_models.neighbourhoods import Sizes, nearest_centre, neighbourhoods
+from word_models.similarity import learn, places
 
 SETTINGS = WordModelSettings(model="kernel", kernel_steps=15)
 SMALL = Sizes(exact=0, home=20, members=90)

@@ -86,3 +86,13 @@ def test_an_out_of_fold_embedding_helps_and_a_leaked_one_is_refused(workspace, w
     write_embedding("train", informative, fitted_on(encoder_folds=roles(0).fitted_on))
     with pytest.raises(InputError, match="encoder_train.pkl: its encoder was fitted on rows that it embeds"):
         train.main([*flags, "--embeddings", "encoder"])
+
+
+def test_a_kill_while_fitting_again_leaves_the_saved_model_as_it_was(workspace, killed_at):
+    flags = ["--workspace", str(workspace.root), "--model", "ridge"]
+    train.main(flags)
+    folder = workspace.path("run", name="words_ridge")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with killed_at(MODELS["ridge"], "fit", 6):  # the sixth fit is the one of all rows
+        train.main(flags)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before

@@ -107,14 +107,16 @@ def nested_predictions(ln_predicted: np.ndarray, ln_price: np.ndarray, fold: np.
     return combined
 
 
-def nested_coverage(ln_error: np.ndarray, difficulty: np.ndarray, fold: np.ndarray, coverage: float) -> float:
-    """Share of rows inside the interval that was calibrated on the other hold-outs, (N,) each."""
+def inside_nested_intervals(
+    ln_error: np.ndarray, difficulty: np.ndarray, fold: np.ndarray, coverage: float
+) -> np.ndarray:
+    """Whether each row's price lies in its interval, (N,) bool; that of a hold-out is calibrated on the others."""
     inside = np.empty(len(ln_error), bool)
     for holdout in range(N_HOLDOUTS):
         asked = np.isin(fold, roles(holdout).validate)
         factor = interval_half_width(ln_error[~asked], difficulty[~asked], coverage)
         inside[asked] = np.abs(ln_error[asked]) <= factor * difficulty[asked]
-    return float(inside.mean())
+    return inside
 
 
 def fit_ensemble(candidates: Candidates, price: np.ndarray, fold: np.ndarray) -> tuple[Ensemble, np.ndarray]:
@@ -124,7 +126,9 @@ def fit_ensemble(candidates: Candidates, price: np.ndarray, fold: np.ndarray) ->
     smape_of_all, error = smape_with_error(price, np.exp(nested))
     ln_error = nested - ln_price
     difficulty = difficulty_of(ln_predicted)
-    coverage = {f"{level:.0%}": nested_coverage(ln_error, difficulty, fold, level) for level in COVERAGES}
+    coverage = {}
+    for level in COVERAGES:
+        coverage[f"{level:.0%}"] = float(inside_nested_intervals(ln_error, difficulty, fold, level).mean())
     score = {
         "leaked_smape" if candidates.leaked else "smape": smape_of_all,
         "standard_error": error,

@@ -9,7 +9,7 @@ from contracts.errors import InputError
 from contracts.files import read_json, sidecar_of, write_json
 from contracts.predictions import read_predictions, write_predictions
 from contracts.smape import smape
-from contracts.splits import fitted_on, fitted_out_of_fold
+from contracts.splits import fitted_on, fitted_out_of_fold, roles
 from contracts.workspace import Workspace
 from ensemble import predict, train
 from ensemble.saved import Ensemble
@@ -178,3 +178,45 @@ def test_an_ensemble_that_is_absent_or_of_another_version_is_one_line(workspace)
     write_json(path, read_json(path) | {"schema": 99})
     with pytest.raises(InputError, match="model.json: schema 99"):
         predict.main(["test", "--workspace", str(workspace.root)])
+
+
+@pytest.fixture
+def rows():
+    """ln predictions of two members, ln prices and folds of 400 rows; the second member errs in hold-out 2 alone."""
+    generator = np.random.default_rng(3)
+    ln_price = generator.normal(2.5, 1, 400)
+    fold = np.arange(400) % 10
+    errors = generator.normal(0, [0.4, 0.4], (400, 2))
+    errors[np.isin(fold, roles(2).validate), 1] += 3
+    return ln_price[:, None] + errors, ln_price, fold
+
+
+def test_the_weights_of_a_hold_out_know_nothing_of_its_prices(rows):
+    """Its prices times seven: what the ensemble says of its rows stays, what it says of others moves."""
+    ln_predicted, ln_price, fold = rows
+    asked = np.isin(fold, roles(2).validate)
+    before = train.nested_predictions(ln_predicted, ln_price, fold)
+    after = train.nested_predictions(ln_predicted, ln_price + np.log(7) * asked, fold)
+    np.testing.assert_array_equal(after[asked], before[asked])
+    assert np.abs(after[~asked] - before[~asked]).max() > 0.01
+
+
+def test_the_intervals_of_a_hold_out_know_nothing_of_its_errors(rows):
+    ln_predicted, ln_price, fold = rows
+    ln_error = ln_predicted[:, 1] - ln_price
+    difficulty = np.linspace(0.5, 1.5, len(fold))
+    inside = train.inside_nested_intervals(ln_error, difficulty, fold, 0.8)
+    asked = np.isin(fold, roles(2).validate)
+    factor = interval_half_width(ln_error[~asked], difficulty[~asked], 0.8)
+    np.testing.assert_array_equal(inside[asked], np.abs(ln_error[asked]) <= factor * difficulty[asked])
+    # calibrated on their own errors of 3, these intervals would hold nearly all of these rows
+    assert inside[asked].mean() < 0.1
+
+
+def test_an_interval_is_as_wide_as_its_members_disagree():
+    ensemble = Ensemble((), (0.5, 0.5), {0.8: 2.0}, {})
+    prices = ensemble.prices(np.array(["agree", "differ"]), np.array([[3.0, 3.0], [2.0, 4.0]]))
+    np.testing.assert_allclose(np.log(prices["price"]), [3, 3], atol=1e-4)
+    # half-width: factor · (0.3 + standard deviation of the members)
+    np.testing.assert_allclose(np.log(prices["high_80%"]), [3 + 2 * 0.3, 3 + 2 * 1.3], atol=1e-3)
+    np.testing.assert_allclose(np.log(prices["low_80%"]), [3 - 2 * 0.3, 3 - 2 * 1.3], atol=1e-3)

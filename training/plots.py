@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 FEW_POINTS = 30
 """Below this many points a curve shows each of them."""
+PANELS_PER_ROW = 3
+"""More would be too small to read at the width of a page."""
 
 
 def plot_training_curves(path: Path, metrics: list[dict[str, float]], *, title: str) -> None:
@@ -32,7 +34,9 @@ def plot_training_curves(path: Path, metrics: list[dict[str, float]], *, title: 
                 continue
             curves = panels.setdefault(name.split("/")[-1], {})
             curves.setdefault(name, []).append((line["step"] / steps_per_epoch, value))
-    with figure_at(path, columns=max(1, len(panels)), width=4.2, height=3.4) as (figure, axes):
+    columns = min(PANELS_PER_ROW, max(1, len(panels)))
+    rows = -(-len(panels) // columns) or 1
+    with figure_at(path, columns=columns, rows=rows, width=4.2, height=3.4) as (figure, axes):
         figure.suptitle(title)
         for axis, (quantity, curves) in zip(axes, panels.items(), strict=False):
             for name, points in curves.items():
@@ -43,6 +47,8 @@ def plot_training_curves(path: Path, metrics: list[dict[str, float]], *, title: 
                 title=quantity,
             )
             axis.legend(frameon=False)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
 
 
 def _names_epochs(metrics: list[dict[str, float]]) -> bool:
@@ -101,16 +107,16 @@ def draw_error_bars(axis, smape: pd.Series, error: pd.Series, rows: pd.Series, *
 
 
 class figure_at:
-    """A row of axes that is saved to `path` when the block ends."""
+    """Axes, row by row, that are saved to `path` when the block ends; each is `width` by `height` inches."""
 
-    def __init__(self, path: Path, *, columns: int, width: float, height: float):
+    def __init__(self, path: Path, *, columns: int, rows: int = 1, width: float, height: float):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         # Figure and canvas without pyplot: no global state, no display
-        self.path, self.figure = path, Figure(figsize=(width * columns, height), layout="constrained")
+        self.path, self.figure = path, Figure(figsize=(width * columns, height * rows), layout="constrained")
         FigureCanvasAgg(self.figure)
-        self.axes = self.figure.subplots(1, columns, squeeze=False)[0]
+        self.axes = self.figure.subplots(rows, columns, squeeze=False).flatten()
 
     def __enter__(self):
         return self.figure, self.axes

@@ -48,3 +48,12 @@ def test_a_bar_has_its_standard_error(tmp_path):
         draw_error_bars(axis, smape, error, rows, overall=52.0)
         (caps,) = axis.collections
         assert [segment[:, 1].tolist() for segment in caps.get_segments()] == [[45.0, 55.0], [60.0, 60.0]]
+
+
+def test_many_quantities_stand_in_rows_that_fit_a_page(tmp_path, drawn):
+    plot_training_curves(
+        tmp_path / "curves.png", [{"step": 1, **{f"q{n}": 1.0 for n in range(7)}}], title="run"
+    )
+    shown = [axis for axis in drawn[0].axes if axis.get_visible()]
+    assert [axis.get_title() for axis in shown] == [f"q{n}" for n in range(7)]
+    assert drawn[0].get_size_inches().tolist() == pytest.approx([3 * 4.2, 3 * 3.4])

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from contracts.errors import InputError
+from contracts.errors import InputError, listed
 from contracts.tables import read_any
 
 TEXT_COLUMNS = ("sample_id", "catalog_content", "image_link")
@@ -112,6 +112,8 @@ class CatalogReport:
 
     rows: int = 0
     identical_duplicates_dropped: int = 0
+    input_ids: list[str] = field(default_factory=list)
+    """id of every line of the table; empty where each product has one line"""
     bad_prices_skipped: dict[str, str] = field(default_factory=dict)
     """sample_id to the price as written"""
     unread_features: dict[str, int] = field(default_factory=dict)
@@ -185,12 +187,14 @@ def map_catalog(
         raise InputError(f"{source}: data row {row} has an empty {mapping.id}")
 
     report = CatalogReport()
-    before = len(table)
+    input_ids = table["sample_id"].tolist()
     table = table.drop_duplicates(ignore_index=True)
-    report.identical_duplicates_dropped = before - len(table)
+    report.identical_duplicates_dropped = len(input_ids) - len(table)
+    if report.identical_duplicates_dropped:
+        report.input_ids = input_ids
     conflicting = table.loc[table["sample_id"].duplicated(), "sample_id"].unique()
     if len(conflicting):
-        raise InputError(f"{source}: one {mapping.id} with different contents: {_some(conflicting)}")
+        raise InputError(f"{source}: one {mapping.id} with different contents: {listed(conflicting)}")
 
     if with_price:
         table, report.bad_prices_skipped = _parse_prices(source, table, mapping, skip_bad_prices)
@@ -273,10 +277,10 @@ def _parse_prices(
     usable = np.isfinite(price) & (price > 0)
     bad = dict(zip(table.loc[~usable, "sample_id"], table.loc[~usable, "price"], strict=True))
     if bad and not skip:
-        listed = _some([f"{sample_id} ({written!r})" for sample_id, written in bad.items()])
+        rows = [f"{sample_id} ({written!r})" for sample_id, written in bad.items()]
         other = "," if mapping.decimal == "." else "."
         raise InputError(
-            f"{source}: {mapping.price} is not a finite number above 0 for {mapping.id} {listed}; "
+            f"{source}: {mapping.price} is not a finite number above 0 for {mapping.id} {listed(rows)}; "
             f"--skip-bad-prices drops them, --decimal {other} reads 4{other}89"
         )
     if not usable.any():
@@ -307,8 +311,3 @@ def _parse_features(
         if wrong := int((stated & ~np.isfinite(number)).sum()):
             unread[name] = wrong
     return table, replace(mapping, features=kinds), unread
-
-
-def _some(items, limit: int = 10) -> str:
-    items = list(items)
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

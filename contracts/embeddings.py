@@ -2,9 +2,10 @@
 
 `data/embeddings/<name>_<split>.pkl` is a pickled plain dict: `sample_ids` (N,) str, `embeddings` (N, D_in)
 float32 or float16, `valid` (N,) bool, `meta` dict. Beside it `<file>.json` holds the meta and the sha256 of the
-pickle. Nothing leaves the reader before the hash fits (without it nearly every flipped bit loads silently); it
-unpickles with a reader that can build arrays and nothing else, so a file from a stranger cannot run code. A
-picture or text that could not be embedded has valid=False; rows are joined by sample_id, never by position.
+pickle. Nothing is unpickled before the hash fits: without it nearly every flipped bit loads silently. The reader can
+build arrays and nothing else, and no more of them than the file has bytes for, so a file from a stranger can neither
+run code nor use up the memory. A picture or text that could not be embedded has valid=False; rows are joined by
+sample_id, never by position.
 
 While it is being made, the content lives in `<file>.shards/`, one file per shard, so that an interrupted extraction
 resumes where it stopped and needs memory for one shard only. A catalogue too large for one array stays in that form
@@ -13,22 +14,25 @@ resumes where it stopped and needs memory for one shard only. A catalogue too la
 
 from __future__ import annotations
 
+import mmap
 import pickle
+import pickletools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from contracts.errors import InputError
+from contracts.errors import InputError, listed
 from contracts.files import atomic_write, read_json, sha256_file, sidecar_of, write_json
 from contracts.splits import N_FOLDS
 
 SCHEMA = 1
 REQUIRED_META = ("name", "split", "model", "checkpoint", "fitted_on", "split_hash", "command")
 """`checkpoint` identifies the encoder's weights: embeddings of two encoders live in different spaces."""
+MOST_MEMO_PLACES = 10_000
+"""Objects that a pickle may remember; a file of ours has one per entry of its meta."""
 _SAFE_GLOBALS = {
     (f"numpy.{core}.{module}", name)
     for core in ("core", "_core")
@@ -91,21 +95,16 @@ def read_embeddings(path: Path | str) -> Embeddings:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such embedding file; run the stage that writes it")
-    expected = read_json(sidecar_of(path)).get("sha256")
-    with ThreadPoolExecutor(1) as beside:  # hashing and parsing take about as long, and both release the GIL
-        digest = beside.submit(sha256_file, path)
-        try:
-            return _load(path)
-        finally:
-            # whatever the parser made of a file with another hash, or fell over, is dropped
-            if digest.result() != expected:
-                raise InputError(
-                    f"{path}: sha256 differs from {sidecar_of(path).name}; the file is damaged or was changed"
-                ) from None
+    if sha256_file(path) != read_json(sidecar_of(path)).get("sha256"):
+        raise InputError(
+            f"{path}: sha256 differs from {sidecar_of(path).name}; the file is damaged or was changed"
+        )
+    return _load(path)
 
 
 def _load(path: Path) -> Embeddings:
     try:
+        _refuse_large_memo(path)
         with open(path, "rb") as file:
             content = _ArraysOnly(file).load()
     except (
@@ -116,13 +115,40 @@ def _load(path: Path) -> Embeddings:
         TypeError,
         IndexError,
         KeyError,
+        MemoryError,
+        RecursionError,
     ) as error:
         raise InputError(f"{path}: not an embedding file ({error})") from None
     if not isinstance(content, dict) or set(content) != {"sample_ids", "embeddings", "valid", "meta"}:
         raise InputError(f"{path}: not an embedding file (expected sample_ids, embeddings, valid, meta)")
     loaded = Embeddings(**content)
+    arrays = [
+        array
+        for array in (loaded.sample_ids, loaded.embeddings, loaded.valid)
+        if isinstance(array, np.ndarray)
+    ]
+    if sum(array.nbytes for array in arrays) > path.stat().st_size:
+        raise InputError(
+            f"{path}: its arrays are larger than the file, so it was not written by this program"
+        )
     _check(path, loaded)
     return loaded
+
+
+def _refuse_large_memo(path: Path) -> None:
+    """Raise UnpicklingError for a place in the unpickler's memo that a file of this kind cannot have.
+
+    The unpickler makes room for every place up to the one that is named: nine bytes would take gigabytes.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        places = 0
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name == "MEMOIZE":
+                places += 1
+            elif opcode.name.endswith("PUT"):
+                places = max(places, int(argument))
+            if places > MOST_MEMO_PLACES:
+                raise pickle.UnpicklingError(f"it names place {places} of the memo")
 
 
 def _check(path: Path, content: Embeddings) -> None:
@@ -135,6 +161,8 @@ def _check(path: Path, content: Embeddings) -> None:
         raise InputError(
             f"{path}: embeddings are {matrix.dtype}{list(matrix.shape)}, expected float32 or float16 [N, D]"
         )
+    if matrix.shape[1] == 0:
+        raise InputError(f"{path}: embeddings of width 0 say nothing; the encoder behind them is broken")
     if (
         ids.dtype.kind != "U"
         or valid.dtype != bool
@@ -148,9 +176,7 @@ def _check(path: Path, content: Embeddings) -> None:
         raise InputError(f"{path}: a sample_id occurs twice")
     broken = valid & ~_finite_rows(matrix)
     if broken.any():
-        raise InputError(
-            f"{path}: {broken.sum()} valid rows hold NaN or inf, first sample_id {ids[broken][0]}"
-        )
+        raise InputError(f"{path}: valid rows hold NaN or inf: sample_id {listed(ids[broken].tolist())}")
     if len(meta.get("fitted_on", ())) != N_FOLDS:
         raise InputError(f"{path}: meta fitted_on must list the encoder's folds for each of {N_FOLDS} folds")
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from contracts.catalog import read_table
-from contracts.errors import InputError
+from contracts.errors import InputError, listed
 from contracts.files import atomic_write, read_versioned, sha256_file, sidecar_of, write_json
 from contracts.smape import SMALLEST_PRICE
 from contracts.splits import N_FOLDS, leaked_folds, split_hash
@@ -108,9 +108,8 @@ def write_predictions(
         raise InputError(f"{path}: meta fitted_on must list the fitted folds for each of {N_FOLDS} folds")
     log_price = np.asarray(log_price, np.float64)
     if not np.isfinite(log_price).all():
-        raise InputError(
-            f"{path}: the price of sample_id {sample_ids[~np.isfinite(log_price)][0]} is not finite"
-        )
+        unusable = np.asarray(sample_ids)[~np.isfinite(log_price)].tolist()
+        raise InputError(f"{path}: the price of sample_id {listed(unusable)} is not finite")
     table = pd.DataFrame({"sample_id": sample_ids, "log_price": log_price})
     if fold is not None:
         table["fold"] = fold
@@ -132,6 +131,23 @@ def write_predictions(
         },
     )
     return path
+
+
+def write_submission(workspace: Workspace, split: str, prices: pd.DataFrame, path: Path) -> None:
+    """Write the prices of a table, one line for every line of its input, in the input's order.
+
+    Args:
+        prices: sample_id (each product once), price (dollars) and, for intervals, their bounds.
+
+    Raises:
+        InputError: a product of the input has no price, or one that is not a finite number above 0.
+    """
+    lines = prices.set_index("sample_id").reindex(workspace.input_ids(split))
+    usable = np.isfinite(lines["price"]) & (lines["price"] > 0)
+    if not usable.all():
+        raise InputError(f"{path}: no price above 0 for sample_id {listed(lines.index[~usable].tolist())}")
+    with atomic_write(path) as file:
+        lines.to_csv(file)
 
 
 def remove_predictions(workspace: Workspace, name: str, split: str) -> None:
@@ -158,8 +174,8 @@ def read_predictions(workspace: Workspace, name: str, split: str) -> Predictions
         raise InputError(f"{path}: sample_id {table['sample_id'][repeated].iloc[0]} occurs twice")
     log_price = pd.to_numeric(table["log_price"], errors="coerce").to_numpy(np.float64)
     if not np.isfinite(log_price).all():
-        first = table["sample_id"][~np.isfinite(log_price)].iloc[0]
-        raise InputError(f"{path}: log_price of sample_id {first} is not a finite number")
+        unusable = table["sample_id"][~np.isfinite(log_price)].tolist()
+        raise InputError(f"{path}: log_price of sample_id {listed(unusable)} is not a finite number")
     meta = _read_meta(path, workspace)
     fold = _folds_of(path, workspace, table["sample_id"]) if split == "train" else None
     return Predictions(path, table["sample_id"].to_numpy(np.str_), log_price, fold, meta)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from contracts.catalog import FEATURE, read_table
-from contracts.errors import InputError
+from contracts.errors import InputError, listed
 from contracts.files import read_json
 from contracts.splits import read_folds
 
@@ -42,6 +42,10 @@ ARTEFACTS = {
     "prepared": Artefact(
         "data/prepared_{split}.csv", "data.prepare", "all stages", "sample_id",
         "text, image, parsed amount, unit, pack, 3 structural features; price float64 in train",
+    ),
+    "input_ids": Artefact(
+        "data/input_ids_{split}.csv", "data.prepare", "fusion, ensemble", "-",
+        "sample_id of every line of the input, in its order; only where a product has several lines",
     ),
     "folds": Artefact("data/folds.csv", "data.prepare", "all stages", "sample_id", "fold int, 0 to 9"),
     "image_status": Artefact(
@@ -115,9 +119,25 @@ class Workspace:
                 f"{path}: no prepared table; run python -m data.prepare{hint} --workspace {self.root}"
             )
         table = read_table(path)
+        if (repeated := table["sample_id"].duplicated()).any():
+            ids = table["sample_id"][repeated].tolist()
+            raise InputError(f"{path}: more than one row of sample_id {listed(ids)}; run data.prepare again")
         for column in table.columns.intersection([*_PREPARED_NUMBERS, *self.number_features()]):
             table[column] = pd.to_numeric(table[column].mask(table[column] == "")).astype("float64")
         return table
+
+    def tables(self) -> list[str]:
+        """Names of the prepared tables: train, test where there is one, then the others in alphabetical order."""
+        start, end = self.path("prepared", split="NAME").name.split("NAME")
+        found = set()
+        for path in (self.root / "data").glob(f"{start}*{end}"):
+            found.add(path.name.removeprefix(start).removesuffix(end))
+        return [name for name in SPLITS if name in found] + sorted(found - set(SPLITS))
+
+    def input_ids(self, split: str) -> pd.Series:
+        """sample_id of every line that the input had, in its order; a product may have several lines."""
+        path = self.path("input_ids", split=split)
+        return read_table(path)["sample_id"] if path.is_file() else self.prepared(split)["sample_id"]
 
     def number_features(self) -> list[str]:
         """Columns of the prepared tables that hold further facts which are numbers."""

@@ -40,9 +40,9 @@ from urllib.parse import quote, urlsplit
 import pandas as pd
 from tqdm import tqdm
 
-from contracts.errors import InputError, run_entry_point
+from contracts.errors import EXIT_INTERRUPTED, InputError, run_entry_point
 from contracts.files import atomic_write
-from contracts.workspace import REPOSITORY, SPLITS, Workspace
+from contracts.workspace import REPOSITORY, Workspace
 from training.pictures import UnreadablePicture, open_picture
 from training.settings import parse_settings
 
@@ -58,8 +58,6 @@ SHORTEST_TIMEOUT = 0.001
 """Seconds; a timeout of 0 would make the socket non-blocking."""
 LINK_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
 """Characters that are left as they are in a link; % is one, so that a quoted link is not quoted again."""
-EXIT_INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended (128 + SIGINT)."""
 # without a bare OSError: a full disk must end the run and not become a missing picture
 NETWORK_ERRORS = (
     urllib.error.URLError,
@@ -274,7 +272,10 @@ def download_all(links: dict[str, str], download: Downloader) -> dict[str, Outco
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(DownloadSettings, argv, description=__doc__.split("\n")[0])
     workspace = Workspace(settings.workspace)
-    rows = pd.concat([workspace.prepared(split) for split in SPLITS], ignore_index=True)
+    tables = workspace.tables()
+    if not tables:
+        raise InputError(f"{workspace.root}: no prepared table; run python -m data.prepare first")
+    rows = pd.concat([workspace.prepared(name) for name in tables], ignore_index=True)
     _require_plain_names(rows)
     folder = settings.images or workspace.images_folder()
     folder.mkdir(parents=True, exist_ok=True)

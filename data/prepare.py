@@ -20,7 +20,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from contracts.catalog import FEATURE, CatalogReport, ColumnMapping, map_catalog, read_table
-from contracts.errors import InputError, run_entry_point
+from contracts.errors import InputError, listed, run_entry_point
 from contracts.files import atomic_write, read_json, sha256_file, write_json
 from contracts.splits import N_FOLDS, assign_folds, write_folds
 from contracts.tables import FORMATS, read_any
@@ -38,7 +38,6 @@ HASH_DIGITS = 12
 """Hexadecimal digits of a link's sha256 in the file name of its picture."""
 SUFFIX_LENGTH = 40
 """Characters of the original name that are kept behind the hash."""
-LISTED_ROWS = 10
 CATALOG_KEYS = ("images_folder", "seed", "folds", "columns", "features", "decimal", "currency")
 """What data/catalog.json says of the whole catalogue, beside one entry per table."""
 
@@ -111,7 +110,10 @@ def image_names(links: pd.Series, known: dict[str, str] | None = None) -> pd.Ser
 
 
 def _last_part(link: str) -> str:
-    return unquote(urlsplit(link.strip()).path).rsplit("/", 1)[-1]
+    try:
+        return unquote(urlsplit(link.strip()).path).rsplit("/", 1)[-1]
+    except ValueError:
+        return ""  # http://[bad is no link; its row has no picture
 
 
 def _hashed_name(link: str, name: str) -> str:
@@ -197,6 +199,17 @@ class Source:
     report: CatalogReport
 
 
+def write_table(workspace: Workspace, source: Source, prepared: pd.DataFrame) -> None:
+    """The prepared rows, one per product, and the ids of all lines where a product has several."""
+    write_prepared(workspace.path("prepared", split=source.name), prepared)
+    input_ids = workspace.path("input_ids", split=source.name)
+    if source.report.input_ids:
+        with atomic_write(input_ids) as file:
+            pd.DataFrame({"sample_id": source.report.input_ids}).to_csv(file, index=False)
+    else:
+        input_ids.unlink(missing_ok=True)
+
+
 def prepare_catalogue(settings: PrepareSettings) -> None:
     """The training table and, if there is one, the test table: prepared rows, folds and data/catalog.json."""
     workspace = Workspace(settings.workspace)
@@ -231,7 +244,7 @@ def prepare_catalogue(settings: PrepareSettings) -> None:
     catalog = {"images_folder": str(images_folder.resolve()), "seed": settings.seed, "folds": N_FOLDS}
     catalog |= mapping.to_json()
     for source in sources:
-        write_prepared(workspace.path("prepared", split=source.name), prepared[source.name])
+        write_table(workspace, source, prepared[source.name])
         catalog[source.name] = describe(source, prepared[source.name], images_folder)
     write_folds(workspace.path("folds"), folds)
     write_json(workspace.path("catalog"), catalog)
@@ -252,7 +265,7 @@ def prepare_further_table(settings: PrepareSettings, file: Path) -> None:
     rows["image"] = image_names(rows["image_link"], known)
     source = Source(settings.table, file, rows, report)
     prepared = prepare_rows(rows, description=f"parsing {file.name}")
-    write_prepared(workspace.path("prepared", split=settings.table), prepared)
+    write_table(workspace, source, prepared)
     images_folder = settings.images or Path(catalog["images_folder"])
     catalog[settings.table] = describe(source, prepared, images_folder)
     write_json(workspace.path("catalog"), catalog)
@@ -298,10 +311,12 @@ def _images_folder(settings: PrepareSettings) -> Path:
 
 def describe(source: Source, prepared: pd.DataFrame, images_folder: Path) -> dict:
     """What data/catalog.json says of one table; the same is printed."""
+    counts = asdict(source.report)
+    del counts["input_ids"]  # a line each, which data/input_ids_<table>.csv holds
     found = {
         "file": str(source.file.resolve()),
         "sha256": sha256_file(source.file),
-        **asdict(source.report),
+        **counts,
         "pictures_present": _count_pictures(images_folder, prepared["image"]),
         "without_amount": int(prepared["amount"].isna().sum()),
     }
@@ -321,10 +336,10 @@ def _summary(report: CatalogReport, found: dict) -> str:
         f"{found['without_amount']} without an amount",
     ]
     if report.identical_duplicates_dropped:
-        parts.append(f"{report.identical_duplicates_dropped} identical duplicates dropped")
+        parts.append(f"{report.identical_duplicates_dropped} repeated lines, each product priced once")
     if skipped := report.bad_prices_skipped:
-        listed = [f"{sample_id} ({price!r})" for sample_id, price in skipped.items()]
-        parts.append(f"{len(skipped)} skipped for their price: {', '.join(listed[:LISTED_ROWS])}")
+        rows = [f"{sample_id} ({price!r})" for sample_id, price in skipped.items()]
+        parts.append(f"{len(skipped)} skipped for their price: {listed(rows)}")
     for name, count in report.unread_features.items():
         parts.append(f"{count} whose {name} is no number")
     return ", ".join(parts)

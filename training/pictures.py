@@ -19,6 +19,10 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 40_000_000
+MAX_SCANNED_PIXELS = 1_000_000_000
+"""Pixels times scans of a progressive JPEG. An ordinary one has ten scans; a small file may have thousands, each of
+which the decoder applies to the whole picture."""
+START_OF_SCAN = b"\xff\xda"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
 """What Pillow raises for the content of a damaged file."""
@@ -53,9 +57,12 @@ def read_pixels(path: Path | str, *, min_side: int | None = None) -> np.ndarray:
     """
     path = Path(path)
     with _header(path) as picture:
+        if picture.format != "JPEG":
+            # asking a PNG for its orientation would decode it and swallow the error of a damaged one
+            return np.array(_load(picture, min_side))
         try:
             upright = picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
-            if picture.format == "JPEG" and picture.mode in ("RGB", "L") and upright:
+            if picture.mode in ("RGB", "L") and upright:
                 reduction = _reduction(picture.size, min_side)
                 width, height = (-(-side // reduction) for side in picture.size)
                 return simplejpeg.decode_jpeg(path.read_bytes(), "RGB", min_height=height, min_width=width)
@@ -83,6 +90,11 @@ def _header(path: Path) -> Image.Image:
     if width * height > MAX_PIXELS:
         picture.close()
         raise UnreadablePicture(f"{width}x{height} is over {MAX_PIXELS:,} pixels")
+    if picture.info.get("progressive"):
+        scans = path.read_bytes().count(START_OF_SCAN)
+        if scans * width * height > MAX_SCANNED_PIXELS:
+            picture.close()
+            raise UnreadablePicture(f"{scans} scans of {width}x{height} pixels would take too long")
     return picture
 
 

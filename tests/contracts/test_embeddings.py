@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
+from contracts import embeddings
 from contracts.embeddings import (
     Embeddings,
     align,
@@ -83,6 +84,38 @@ def test_a_pickle_cannot_run_code_even_with_a_matching_hash(tmp_path):
     assert not canary.exists()
 
 
+def test_nothing_is_unpickled_before_the_hash_fits(tmp_path, monkeypatch):
+    path = tmp_path / "e.pkl"
+    write_embeddings(path, example())
+    path.write_bytes(path.read_bytes() + b"x")
+
+    def never(*arguments):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(embeddings, "_load", never)
+    refused(path, "sha256")
+
+
+@pytest.mark.parametrize("place", [10_001, 2**31])
+def test_nine_bytes_do_not_take_gigabytes(tmp_path, place):
+    """LONG_BINPUT makes the unpickler prepare its memo for twice the place that is named."""
+    path = tmp_path / "e.pkl"
+    rewrite(path, b"Nr" + place.to_bytes(4, "little") + b"0N.")
+    refused(path, f"place {place}")
+
+
+def test_arrays_larger_than_their_file_are_refused(tmp_path):
+    """np.ndarray can be asked for any size without a byte of content; here for a gigabyte of ids."""
+
+    class Large:
+        def __reduce__(self):
+            return np.ndarray, ((2**24,), "<U16")
+
+    path, small = tmp_path / "e.pkl", example()
+    rewrite(path, {"sample_ids": Large(), "embeddings": small.embeddings, "valid": small.valid, "meta": META})
+    refused(path, "larger than the file")
+
+
 @pytest.mark.parametrize("content", [b"garbage", b"", pickle.dumps([1]), pickle.dumps({"sample_ids": 1})])
 def test_other_content_with_a_matching_hash(tmp_path, content):
     path = tmp_path / "e.pkl"
@@ -105,6 +138,7 @@ def test_missing_sidecar_and_missing_file(tmp_path):
         (lambda e: setattr(e, "embeddings", e.embeddings[0]), r"\[N, D\]"),
         (lambda e: setattr(e, "embeddings", e.embeddings.astype(np.float64)), "float64"),
         (lambda e: e.embeddings.__setitem__((np.flatnonzero(e.valid)[0], 0), np.nan), "NaN"),
+        (lambda e: setattr(e, "embeddings", e.embeddings[:, :0]), "width 0"),
         (lambda e: e.sample_ids.__setitem__(1, "000"), "twice"),
         (lambda e: e.meta.pop("fitted_on"), "fitted_on"),
     ],

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from contracts.errors import InputError
+from contracts.predictions import write_submission
 from contracts.tables import table_writer
 from contracts.workspace import Workspace
 from data import prepare
@@ -55,6 +56,44 @@ def test_prepared_table_holds_what_the_stages_read(tmp_path):
     report = json.loads(workspace.path("catalog").read_text())
     assert report["train"]["pictures_present"] == 1
     assert workspace.images_folder() == (tmp_path / "source" / "images").resolve()
+
+
+def test_every_line_of_the_input_keeps_its_place(tmp_path):
+    source = catalogue(tmp_path)
+    test = pd.read_csv(source / "test.csv", dtype=str)
+    pd.concat([test, test.iloc[[1, 1, 0]]]).to_csv(source / "test.csv", index=False)
+    workspace = run(tmp_path, source)
+    assert len(workspace.prepared("test")) == 5
+    lines = ["000", "001", "002", "003", "004", "001", "001", "000"]
+    assert workspace.input_ids("test").tolist() == lines
+
+    prices = workspace.prepared("test")[["sample_id"]].assign(price=[1.0, 2.0, 3.0, 4.0, 5.0])
+    write_submission(workspace, "test", prices, tmp_path / "out.csv")
+    written = pd.read_csv(tmp_path / "out.csv", dtype={"sample_id": str})
+    assert written["sample_id"].tolist() == lines
+    assert written["price"].tolist() == [1, 2, 3, 4, 5, 2, 2, 1]
+    assert json.loads(workspace.path("catalog").read_text())["test"]["identical_duplicates_dropped"] == 3
+
+    test.to_csv(source / "test.csv", index=False)
+    assert run(tmp_path, source).input_ids("test").tolist() == lines[:5]
+
+
+def test_a_submission_has_a_price_for_every_line(tmp_path):
+    workspace = run(tmp_path, catalogue(tmp_path))
+    prices = workspace.prepared("test")[["sample_id"]].assign(price=[1.0, float("inf"), 0.0, 4.0, 5.0])
+    for given in (prices, prices.iloc[:1]):
+        with pytest.raises(InputError, match="no price above 0 for sample_id 001, 002"):
+            write_submission(workspace, "test", given, tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_link_that_is_none_costs_its_row_the_picture_and_nothing_else(tmp_path):
+    def change(row):
+        if row["sample_id"] == "003":
+            row["image_link"] = "http://[bad"
+
+    workspace = run(tmp_path, catalogue(tmp_path, change=change))
+    assert len(workspace.prepared("train")) == 30
 
 
 def test_product_named_na_survives(tmp_path):

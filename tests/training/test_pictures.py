@@ -91,6 +91,29 @@ def test_pixels_are_those_of_the_picture(tmp_path, jpeg, monkeypatch):
     assert set(direct) == {"good.jpg", "grey.jpg", "progressive.jpg", "garbage behind.jpg"}
 
 
+@pytest.mark.parametrize("read", [open_picture, read_pixels])
+def test_a_png_that_ends_too_early_is_damaged(tmp_path, read):
+    """Asking such a file for its orientation decodes it, and Pillow swallows the error: 54 of 90 rows were black."""
+    path = tmp_path / "a.png"
+    Image.effect_noise((120, 90), 80).convert("RGB").save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UnreadablePicture, match="damaged"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [open_picture, read_pixels])
+def test_a_progressive_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path, read):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (4000, 4000)).save(path, progressive=True)
+    ordinary = path.read_bytes()
+    assert read(path, min_side=64) is not None
+    last_scan = ordinary[ordinary.rindex(images.START_OF_SCAN) : -2]
+    path.write_bytes(ordinary[:-2] + 100 * last_scan + ordinary[-2:])
+    with pytest.raises(UnreadablePicture, match="scans of 4000x4000"):
+        read(path)
+
+
 def test_modes_become_rgb_on_white(tmp_path):
     transparent = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     transparent.save(tmp_path / "t.png")

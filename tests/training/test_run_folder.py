@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from contracts.errors import InputError
-from contracts.files import atomic_write, read_json
+from contracts.files import read_json
 from training.run_folder import RunFolder, save_weights, weights_hash
 
 
@@ -18,17 +18,6 @@ class Settings:
     hidden: tuple[int, ...] = (4, 2)
     resume: bool = False
     seed: int = 0
-
-
-def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "a.txt"
-    with atomic_write(path) as file:
-        file.write("old")
-    with pytest.raises(RuntimeError), atomic_write(path) as file:
-        file.write("half")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def start(tmp_path, settings, **options):

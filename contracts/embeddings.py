@@ -20,7 +20,7 @@ import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -142,11 +142,11 @@ def _refuse_large_memo(path: Path) -> None:
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         places = 0
-        for opcode, argument, _ in pickletools.genops(content):
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], content)):
             if opcode.name == "MEMOIZE":
                 places += 1
             elif opcode.name.endswith("PUT"):
-                places = max(places, int(argument))
+                places = max(places, int(argument or 0))
             if places > MOST_MEMO_PLACES:
                 raise pickle.UnpicklingError(f"it names place {places} of the memo")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from contracts.errors import InputError
-from contracts.splits import roles
+from contracts.splits import N_HOLDOUTS, Roles, roles
 from contracts.workspace import CLIP_IMAGE, REPOSITORY
+from training.run_folder import part_folder
+from training.trackers import ReportTo
 
 
 @dataclass
@@ -30,6 +32,9 @@ class ClipSettings:
     """name of the run folder in checkpoints/"""
     holdout: int | None = 0
     """hold-out, 0 to 4: two of the ten folds that are only validated on; null validates on none, for a final model"""
+    folds: int = 0
+    """0 trains one model; 2, 5 or 10 trains out of fold: that many models, each without the rows that it embeds later,
+    and one on all rows, which embeds every other table"""
 
     # OpenAI trained with QuickGELU; given its weights under the plain name, open_clip only warns
     model: str = "ViT-L-14-quickgelu"
@@ -80,12 +85,13 @@ class ClipSettings:
     """continue this run from its newest complete checkpoint"""
     checkpoint_steps: int = 500
     """steps between checkpoints within an epoch; 0 writes them only at the end of each epoch"""
-    report_to: Literal["none", "tensorboard"] = "none"
-    """tensorboard also writes event files into the run folder"""
+    report_to: ReportTo = "none"
+    """tracker that also receives settings and metrics; wandb and mlflow are packages to install"""
 
     def __post_init__(self) -> None:
         self.workspace = Path(self.workspace)
-        roles(self.holdout)  # raises for a hold-out that does not exist
+        roles(0, self.n_holdouts)  # raises unless ten folds can be dealt into that many hold-outs
+        roles(self.holdout, self.n_holdouts)  # raises for a hold-out that does not exist
         _require(self, "batch_size", self.batch_size >= 2, "at least 2: one pair alone has no negative")
         for name in ("epochs", "gradient_accumulation_steps"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
@@ -97,7 +103,26 @@ class ClipSettings:
         _require(self, "checkpoint_steps", self.checkpoint_steps >= 0, "0 or more")
         _require(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "0 or more and below 1")
         _require(self, "layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
-        _require(self, "run", self.run == Path(self.run).name and self.run != "", "a plain folder name")
+        # one model of an out-of-fold run is called such as oof/fold_0
+        folder = self.run.removesuffix(f"/{part_folder(self.holdout)}") if self.folds else self.run
+        _require(self, "run", folder == Path(folder).name and folder != "", "a plain folder name")
+
+    @property
+    def n_holdouts(self) -> int:
+        """Into how many hold-outs the ten folds are dealt."""
+        return self.folds or N_HOLDOUTS
+
+    @property
+    def roles(self) -> Roles:
+        """The folds that this run fits, stops on and validates."""
+        return roles(self.holdout, self.n_holdouts)
+
+    def parts(self) -> list[ClipSettings]:
+        """The settings of each model of an out-of-fold run: one per hold-out, then the one of all rows."""
+        parts = []
+        for holdout in [*range(self.folds), None]:
+            parts.append(replace(self, run=f"{self.run}/{part_folder(holdout)}", holdout=holdout))
+        return parts
 
 
 PRESETS = {

@@ -17,12 +17,12 @@ import numpy as np
 from clip_finetune.config import ClipSettings
 from contracts.embeddings import Embeddings
 from contracts.files import read_json
-from contracts.splits import fitted_on, roles
+from contracts.splits import fitted_on
 from contracts.workspace import CLIP_IMAGE
 from training.device import choose_device, choose_dtype, guard_torchvision
 from training.extraction import encode_table
 from training.pictures import PictureRows
-from training.run_folder import RunFolder, weights_hash
+from training.run_folder import RunFolder, part_folder, weights_hash
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +73,9 @@ class Encoder:
         batch_size: int | None = None,
         workers: int | None = 0,
     ) -> Encoder:
-        """Load the model of a finished run.
+        """Load the model of a finished run; of an out-of-fold run that of all rows.
+
+        Training rows are embedded out of fold by `clip_finetune.out_of_fold`.
 
         Args:
             name: what the embeddings are called.
@@ -90,9 +92,10 @@ class Encoder:
         guard_torchvision()
         from clip_finetune.model import load_model
 
+        folder = run.path / part_folder(None) if run.is_out_of_fold else run.path
         return cls(
-            load_model(run.path),
-            meta=_meta(run, trained_with, name),
+            load_model(folder),
+            meta=_meta(run, RunFolder(folder), name),
             device=chosen,
             dtype=choose_dtype(precision, chosen),
             batch_size=batch_size or trained_with.batch_size,
@@ -137,8 +140,12 @@ class Encoder:
         """Whether the run fitted a price head, so that `log_price` means something."""
         return self.model.price_head is not None and any(self.meta["fitted_on"])
 
-    def log_price(self, embeddings: np.ndarray) -> np.ndarray:
-        """The head's log1p(price), (N,) float64, of embeddings (N, D_in)."""
+    def log_price(self, embeddings: np.ndarray, fold: np.ndarray | None = None) -> np.ndarray:
+        """The head's log1p(price), (N,) float64, of embeddings (N, D_in).
+
+        Args:
+            fold: not needed, since one head prices all rows; the out-of-fold encoder has several.
+        """
         import torch
 
         assert self.model.price_head is not None, "ask can_price first"
@@ -147,14 +154,21 @@ class Encoder:
             return self.model.price_head.predict(image).cpu().double().numpy()
 
 
-def _meta(run: RunFolder, trained_with: ClipSettings, name: str) -> dict[str, Any]:
-    trained = read_json(run.path / "summary.json")["trained"]
+def _meta(run: RunFolder, opened: RunFolder, name: str) -> dict[str, Any]:
+    """What embeddings say of their encoder.
+
+    Args:
+        run: names the encoder, and identifies it by all its weights.
+        opened: folder of the model that is opened: `run` itself or one model of an out-of-fold run.
+    """
+    trained_with = opened.settings(ClipSettings)
+    trained = read_json(opened.path / "summary.json")["trained"]
     # initial weights have seen no fold
-    encoder_folds = roles(trained_with.holdout).fitted_on if trained else ()
+    encoder_folds = trained_with.roles.fitted_on if trained else ()
     return {
         "name": name,
         "stage": "clip_finetune",
-        "run": run.path.name,
+        "run": run.name,
         "model": f"{trained_with.model} {trained_with.pretrained}".strip(),
         "checkpoint": weights_hash(run.path),
         "normalised": True,

@@ -4,15 +4,17 @@
     python -m clip_finetune.extract_embeddings new          # any table that data.prepare has made
     torchrun --nproc_per_node 8 -m clip_finetune.extract_embeddings test
 
-An interrupted extraction continues with the shards that are missing.
+Of an out-of-fold run (--folds), a row of train is embedded and priced by the model that has not seen it, a row of any
+other table by the model of all rows. An interrupted extraction continues with the shards that are missing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clip_finetune.config import ExtractSettings
 from clip_finetune.encoder import Encoder
+from clip_finetune.out_of_fold import OutOfFoldEncoder
 from contracts.embeddings import Embeddings, read_embeddings
 from contracts.errors import run_entry_point
 from contracts.predictions import remove_predictions, write_predictions
@@ -25,6 +27,8 @@ from training.extraction import (
     print_failures,
     write_picture_failures,
 )
+from training.pictures import PictureRows
+from training.run_folder import RunFolder
 from training.settings import parse_settings
 
 if TYPE_CHECKING:
@@ -35,16 +39,23 @@ if TYPE_CHECKING:
 def extract(settings: ExtractSettings, split: str, accelerator: Accelerator) -> None:
     """Embed one table. Under torchrun the processes share the shards, and the first one joins them."""
     workspace = Workspace(settings.workspace)
-    table = workspace.prepared(split)
-    encoder = Encoder.open(
-        workspace.path("run", name=settings.run),
-        name=settings.embedding,
-        device=settings.device,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-        workers=settings.workers,
-    )
-    pictures = encoder.rows(table, workspace.images_folder())
+    folder = workspace.path("run", name=settings.run)
+    options: dict[str, Any] = {
+        "name": settings.embedding,
+        "device": settings.device,
+        "precision": settings.precision,
+        "batch_size": settings.batch_size,
+        "workers": settings.workers,
+    }
+    encoder: Encoder | OutOfFoldEncoder
+    if split == "train" and RunFolder.finished(folder, "clip_finetune").is_out_of_fold:
+        table = workspace.training_table()
+        encoder = OutOfFoldEncoder(folder, table, workspace.images_folder(), **options)
+        pictures: PictureRows = encoder.rows()
+    else:
+        table = workspace.prepared(split)
+        encoder = Encoder.open(folder, **options)
+        pictures = encoder.rows(table, workspace.images_folder())
     extraction = ShardedExtraction(
         workspace.path("embeddings", name=settings.embedding, split=split),
         table["sample_id"].to_numpy(),
@@ -68,7 +79,10 @@ def extract(settings: ExtractSettings, split: str, accelerator: Accelerator) -> 
 
 
 def finish(
-    extraction: ShardedExtraction, workspace: Workspace, table: pd.DataFrame, encoder: Encoder
+    extraction: ShardedExtraction,
+    workspace: Workspace,
+    table: pd.DataFrame,
+    encoder: Encoder | OutOfFoldEncoder,
 ) -> None:
     """Join the shards, list what has no embedding and write the price head's predictions."""
     name = extraction.meta["name"]
@@ -84,7 +98,7 @@ def finish(
     predict(workspace, encoder, content)
 
 
-def predict(workspace: Workspace, encoder: Encoder, content: Embeddings) -> None:
+def predict(workspace: Workspace, encoder: Encoder | OutOfFoldEncoder, content: Embeddings) -> None:
     """Write the price head's predictions of the rows with an embedding."""
     meta = content.meta
     if not encoder.can_price:
@@ -97,7 +111,7 @@ def predict(workspace: Workspace, encoder: Encoder, content: Embeddings) -> None
         meta["run"],
         meta["split"],
         sample_ids,
-        encoder.log_price(content.embeddings[content.valid]),
+        encoder.log_price(content.embeddings[content.valid], fold),
         meta={
             "stage": "clip_finetune",
             "model": meta["run"],

@@ -45,8 +45,8 @@ def export(
         license: what the model card says.
 
     Raises:
-        InputError: the folder exists (unless `overwrite` and it is an earlier export), or a part of the system is
-            missing.
+        InputError: the folder exists (unless `overwrite` and it is an earlier export), a part of the system is
+            missing, or the disk is full.
     """
     if target.exists() and not overwrite:
         raise InputError(f"{target}: exists already; --overwrite replaces it")
@@ -67,10 +67,20 @@ def export(
             target.rename(replaced)  # whatever happens now, one of the two is whole
         unfinished.rename(target)
         shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{target}: {_reason(error)}; nothing was written") from None
         raise
     return target
+
+
+def _reason(error: OSError) -> str:
+    """What the operating system said, of the first file if copytree lists several."""
+    if isinstance(error, shutil.Error):
+        _, _, reason = error.args[0][0]
+        return reason
+    return error.strerror or str(error)
 
 
 def _may_be_replaced(target: Path) -> bool:
@@ -113,6 +123,16 @@ def _copy_encoder_models(model: PriceModel, target: Path) -> None:
         # an export that is exported again has brought it along already
         if (local := local_model(read_json(folder / "settings.json"))) and not (folder / PRETRAINED).is_dir():
             shutil.copytree(local, folder / PRETRAINED)
+            _rename_bases(target, folder)
+
+
+def _rename_bases(target: Path, run: Path) -> None:
+    """Let the adapters of a run name the base that lies in the export, as seen from the export's own folder."""
+    from qwen3_finetune.sentence_transformer import name_base
+
+    base = (run / PRETRAINED).relative_to(target).as_posix()
+    for config in run.rglob("adapter_config.json"):
+        name_base(config.parent, base)
 
 
 def _copy_data(model: PriceModel, target: Path, *, known_products: bool) -> None:

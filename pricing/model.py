@@ -106,8 +106,16 @@ class PriceModel:
         """`load`, under the name that the hub's libraries use."""
         return cls.load(name_or_path, **options)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
-        """Export the system and upload the folder; returns its address."""
+    def push_to_hub(self, repo_id: str, *, private: bool = True, **options: Any) -> str:
+        """Export the system and upload the folder; returns its address.
+
+        Args:
+            repo_id: owner/name.
+            options: of `pricing.export.export`: known_products, license.
+
+        Raises:
+            InputError: the hub refuses (no token, no right to write) or is not reachable.
+        """
         from tempfile import TemporaryDirectory
 
         from huggingface_hub import HfApi
@@ -116,10 +124,12 @@ class PriceModel:
 
         hub = HfApi()
         with TemporaryDirectory() as folder:
-            target = Path(folder) / "system"
-            export(self.root, target)
-            hub.create_repo(repo_id, private=private, exist_ok=True)
-            return str(hub.upload_folder(repo_id=repo_id, folder_path=target))
+            target = export(self.root, Path(folder) / "system", **options)
+            try:
+                hub.create_repo(repo_id, private=private, exist_ok=True)
+                return str(hub.upload_folder(repo_id=repo_id, folder_path=target))
+            except Exception as error:  # the hub client raises many unrelated types
+                raise InputError(f"{repo_id}: not uploaded ({_one_line(error)})") from None
 
     def predict(self, table: pd.DataFrame, *, images: Path | str | None = None) -> pd.DataFrame:
         """Price the rows of a table.
@@ -167,10 +177,15 @@ class PriceModel:
 
     def price(self, products: Products, *, images: Path | str | None = None) -> Priced:
         """Price prepared products. An embedding that several members read is computed once."""
+        return self.price_encoded(products, self.encode(products, images=images))
+
+    def encode(self, products: Products, *, images: Path | str | None = None) -> dict[str, Embeddings]:
+        """The embeddings that the members read, by name; rows in the order of the products."""
         folder = Path(images) if images is not None else self.images
-        embeddings = {}
-        for name, encoder in self._opened.items():
-            embeddings[name] = encoder.encode(products.rows, folder)
+        return {name: encoder.encode(products.rows, folder) for name, encoder in self._opened.items()}
+
+    def price_encoded(self, products: Products, embeddings: dict[str, Embeddings]) -> Priced:
+        """Price prepared products by embeddings that are there already, see `encode`."""
         columns = []
         for member, opened in zip(self.ensemble.members, self.members, strict=True):
             ln_price = opened.ln_price(products.rows, embeddings)
@@ -208,5 +223,8 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{name}: no such folder, and not on the hub ({reason})") from None
+        raise InputError(f"{name}: no such folder, and not on the hub ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

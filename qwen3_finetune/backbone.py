@@ -15,7 +15,7 @@ from qwen3_finetune.spec import EncoderSpec
 from training.device import guard_torchvision, missing_model, require_model_source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -84,21 +84,28 @@ def build_encoder(spec: EncoderSpec, device: torch.device, vocabulary: int) -> n
 
 def _load(source: str, spec: EncoderSpec, device: torch.device) -> PreTrainedModel:
     """Pretrained or stored weights, quantised on the way from the file if the spec says so."""
-    from transformers import AutoModel, BitsAndBytesConfig
+    from transformers import AutoModel
 
     options: dict[str, Any] = {"dtype": spec.weights_dtype}
     if spec.quantization == "nf4":
         options["device_map"] = {"": device}
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=spec.weights_dtype,
-        )
+        options["quantization_config"] = nf4(spec)
     try:
         return AutoModel.from_pretrained(require_model_source(source), **options)
     except OSError as error:
         raise missing_model(source, error) from None
+
+
+def nf4(spec: EncoderSpec) -> BitsAndBytesConfig:
+    """4-bit NormalFloat weights with quantised constants (Dettmers et al. 2023, arXiv:2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=spec.weights_dtype,
+    )
 
 
 def _draw(spec: EncoderSpec, device: torch.device, vocabulary: int) -> PreTrainedModel:

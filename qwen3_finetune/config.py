@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 from contracts.errors import InputError
 from contracts.splits import N_HOLDOUTS, Roles, roles
 from contracts.workspace import QWEN_TEXT, REPOSITORY
+from training.run_folder import part_folder
+from training.trackers import ReportTo
 
 # What --random-weights builds without any file. Every other model states its sizes in its own config.json.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -129,8 +131,8 @@ class QwenSettings:
     """updates between checkpoints within an epoch"""
     resume: bool = False
     """continue this run from its newest complete checkpoint"""
-    report_to: Literal["none", "tensorboard"] = "none"
-    """tensorboard also writes event files into the run folder"""
+    report_to: ReportTo = "none"
+    """tracker that also receives settings and metrics; wandb and mlflow are packages to install"""
 
     def __post_init__(self) -> None:
         self.workspace = Path(self.workspace)
@@ -174,11 +176,6 @@ class QwenSettings:
         return [
             replace(self, run=f"{self.run}/{part_folder(holdout)}", holdout=holdout) for holdout in holdouts
         ]
-
-
-def part_folder(holdout: int | None) -> str:
-    """Where one encoder of an out-of-fold run lies in its run folder; None is the encoder of all rows."""
-    return "all" if holdout is None else f"fold_{holdout}"
 
 
 def choose_tokens_per_batch(wanted: int | None, device_type: str) -> int:

@@ -23,7 +23,6 @@ from qwen3_finetune.finished import (
     FinishedRun,
     OutOfFoldRun,
     embeddings_fitted_on,
-    is_out_of_fold,
 )
 from training.run_folder import RunFolder, weights_hash
 
@@ -76,7 +75,7 @@ class Encoder:
         run = RunFolder.finished(run_folder, "qwen3_finetune")
         meta = encoder_meta(run, name=name, align=align)
         computation = Computation(device, precision, tokens_per_batch, model)
-        if is_out_of_fold(run):
+        if run.is_out_of_fold:
             return cls(OutOfFoldRun(run.path, computation, align=align), meta)
         return cls(FinishedRun(run.path, computation), meta)
 
@@ -113,12 +112,12 @@ class Encoder:
 def encoder_meta(run: RunFolder, *, name: str, align: bool) -> dict[str, Any]:
     """What embeddings of a finished run say of their encoder. It takes no weights to tell."""
     trained_with = run.settings(QwenSettings)
-    out_of_fold = is_out_of_fold(run)
+    out_of_fold = run.is_out_of_fold
     random_weights = " (random weights)" if trained_with.random_weights else ""
     return {
         "name": name,
         "stage": "qwen3_finetune",
-        "run": run_name(run.path),
+        "run": run.name,
         "model": trained_with.model + random_weights,
         "checkpoint": weights_hash(run.path),
         "trained": trained_with.train,
@@ -127,9 +126,3 @@ def encoder_meta(run: RunFolder, *, name: str, align: bool) -> dict[str, Any]:
         "aligned": out_of_fold and align,
         "fitted_on": embeddings_fitted_on(run),
     }
-
-
-def run_name(folder: Path) -> str:
-    """The name of a run in checkpoints/; one encoder of an out-of-fold run is called such as oof/fold_0."""
-    inside_a_run = (folder.parent / "settings.json").is_file()
-    return f"{folder.parent.name}/{folder.name}" if inside_a_run else folder.name

@@ -27,7 +27,7 @@ from contracts.workspace import Workspace
 from qwen3_finetune.config import ExtractSettings
 from qwen3_finetune.data import N_STRUCTURAL, read_rows
 from qwen3_finetune.encoder import EMPTY_TEXT, Encoder, encoder_meta
-from qwen3_finetune.finished import finished_folder, is_out_of_fold
+from qwen3_finetune.finished import finished_folder
 from qwen3_finetune.predict import write_prices
 from training.extraction import ShardedExtraction
 from training.run_folder import RunFolder
@@ -63,7 +63,7 @@ def extract(settings: ExtractSettings, split: str) -> None:
     extraction.finish(settings.keep_shards)
     without_text = ~rows.valid
     print(f"{path}: {len(rows)} rows, {without_text.sum()} without text, width {encoder.width}")
-    if is_out_of_fold(run):
+    if run.is_out_of_fold:
         log_price = log_price_column(path)
         # a row without a text has no embedding, but a price like any other
         if without_text.any():

@@ -1,8 +1,5 @@
 """Finished runs, opened for use: one encoder, or the encoders of an out-of-fold run as if they were one.
 
-The encoders of different folds span different spaces. The embeddings of each are brought into the space of the encoder
-of all rows, which embeds every other table, by the rotation that fits best on rows that both were fitted on.
-
 Legend: N rows of the table, n chosen rows, D_in width of the encoder.
 """
 
@@ -17,14 +14,12 @@ import numpy as np
 
 from contracts.errors import InputError
 from contracts.files import read_json, sha256_file
-from contracts.splits import fitted_on, fitted_out_of_fold, roles
+from contracts.splits import fitted_on, fitted_out_of_fold
 from contracts.workspace import Workspace
-from qwen3_finetune.config import QwenSettings, choose_tokens_per_batch, part_folder
+from qwen3_finetune.config import QwenSettings, choose_tokens_per_batch
 from qwen3_finetune.data import N_STRUCTURAL, TextInputs, TextRows, Tokenize
-from training.run_folder import RunFolder
-
-ALIGNMENT_ROWS = 2048
-"""Most rows that a rotation is fitted on. Several times the width is enough."""
+from training.alignment import Alignment, alignment_rows
+from training.run_folder import RunFolder, part_folder
 
 
 @dataclass(frozen=True)
@@ -56,15 +51,10 @@ def finished_folder(workspace: Workspace, run: str) -> RunFolder:
     return folder
 
 
-def is_out_of_fold(run: RunFolder) -> bool:
-    """Whether the run has one encoder per hold-out and one of all rows."""
-    return (run.path / "all").is_dir()
-
-
 def prices_fitted_on(run: RunFolder) -> list[list[int]]:
     """For the rows of each fold, the folds that the model which prices them was fitted on, its head included."""
     settings = run.settings(QwenSettings)
-    if is_out_of_fold(run):
+    if run.is_out_of_fold:
         return fitted_out_of_fold(settings.folds)
     return fitted_on(encoder_folds=settings.roles.fitted_on)
 
@@ -73,7 +63,7 @@ def embeddings_fitted_on(run: RunFolder) -> list[list[int]]:
     """For the rows of each fold, the folds that the encoder which embeds them was fitted on."""
     frozen = run.settings(QwenSettings).train == "head"
     # the embeddings of an out-of-fold run include the price of its head
-    if frozen and not is_out_of_fold(run):
+    if frozen and not run.is_out_of_fold:
         return fitted_on(encoder_folds=())
     return prices_fitted_on(run)
 
@@ -94,7 +84,7 @@ class FinishedRun:
         from qwen3_finetune.spec import EncoderSpec
 
         self.run = RunFolder.finished(folder, "qwen3_finetune")
-        if is_out_of_fold(self.run):
+        if self.run.is_out_of_fold:
             raise InputError(
                 f"{folder}: has one encoder per hold-out; choose one, such as --run {folder.name}/fold_0"
             )
@@ -149,35 +139,6 @@ class FinishedRun:
         head = self.model.head
         raw = torch.from_numpy(structural).to(head.structural_mean.device)
         return head.standardise(raw).cpu().numpy()
-
-
-@dataclass
-class Alignment:
-    """x ↦ (x − source_mean) R + target_mean: a rotation (or reflection) and a shift, which keep all distances."""
-
-    source_mean: np.ndarray
-    """(D_in,)"""
-    rotation: np.ndarray
-    """R (D_in, D_in), orthogonal"""
-    target_mean: np.ndarray
-    """(D_in,)"""
-
-    @classmethod
-    def fit(cls, source: np.ndarray, target: np.ndarray) -> Alignment:
-        """The alignment that brings `source` (n, D_in) nearest to `target` (n, D_in) in least squares.
-
-        R = U Vᵀ with U S Vᵀ = (source − mean)ᵀ (target − mean): Schönemann 1966, "A generalized solution of the
-        orthogonal Procrustes problem".
-        """
-        source_mean = source.mean(axis=0)
-        target_mean = target.mean(axis=0)
-        covariance = (source - source_mean).T @ (target - target_mean)
-        u, _, vt = np.linalg.svd(covariance)
-        return cls(source_mean, u @ vt, target_mean)
-
-    def __call__(self, embeddings: np.ndarray) -> np.ndarray:
-        """(n, D_in) to (n, D_in)"""
-        return (embeddings - self.source_mean) @ self.rotation + self.target_mean
 
 
 class OutOfFoldRun:
@@ -255,14 +216,12 @@ class OutOfFoldRun:
         return self._alignments
 
     def _fit_alignment(self, encoder: FinishedRun, rows: TextRows, random: np.random.Generator) -> Alignment:
-        fitted_by_both = set(encoder.settings.roles.fit) & set(roles(None).fit)
-        candidates = rows.of_folds(sorted(fitted_by_both))
-        if not len(candidates):
+        assert rows.fold is not None
+        sample = alignment_rows(rows.fold, encoder.settings.roles, random)
+        if not len(sample):
             raise InputError(
                 f"{self.run.path}: no row to align its encoders on; out-of-fold embeddings need the whole table train"
             )
-        size = min(len(candidates), ALIGNMENT_ROWS)
-        sample = np.sort(random.choice(candidates, size, replace=False))
         source, _ = encoder.encode(rows, sample)
         target, _ = self.whole.encode(rows, sample)
         return Alignment.fit(source[:, :-N_STRUCTURAL], target[:, :-N_STRUCTURAL])

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from qwen3_finetune.backbone import build_encoder
 from qwen3_finetune.data import N_STRUCTURAL, TextInputs
 from qwen3_finetune.spec import EncoderSpec
-from training.run_folder import save_weights
+from training.run_folder import disk_errors, save_weights
 from training.smape_loss import MIN_LOG_PRICE
 
 
@@ -197,11 +197,12 @@ def build_model(
 def save_model(model: PriceModel, train: str, folder: Path) -> None:
     """Write what `train` has trained: adapter/ for lora, encoder/ for full, and always head.safetensors."""
     encoder: Any = model.encoder  # of transformers or of peft
-    if train == "lora":
-        # peft's own choice, "auto", would ask the hub whether the vocabulary has grown
-        encoder.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    elif train == "full":
-        encoder.save_pretrained(folder / "encoder")
+    with disk_errors(folder):
+        if train == "lora":
+            # peft's own choice, "auto", would ask the hub whether the vocabulary has grown
+            encoder.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        elif train == "full":
+            encoder.save_pretrained(folder / "encoder")
     save_weights(folder / "head.safetensors", model.head.state_dict())
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Pooling = Literal["last", "mean", "cls"]
 
 # Our name, the name in files of sentence-transformers 6, and the flag in files of earlier versions.
-_POOLING_NAMES: tuple[tuple[Pooling, str, str], ...] = (
+POOLING_NAMES: tuple[tuple[Pooling, str, str], ...] = (
     ("last", "lasttoken", "pooling_mode_lasttoken"),
     ("mean", "mean", "pooling_mode_mean_tokens"),
     ("cls", "cls", "pooling_mode_cls_token"),
@@ -176,7 +176,7 @@ def _stated_pooling(model: str) -> Pooling | None:
     if path is None:
         return None
     content = read_json(path)
-    for pooling, mode, flag in _POOLING_NAMES:
+    for pooling, mode, flag in POOLING_NAMES:
         if content.get("pooling_mode") == mode or content.get(flag):
             return pooling
     raise InputError(f"{path}: neither last-token, mean nor cls pooling; choose one with --pooling")

@@ -52,7 +52,7 @@ def train_out_of_fold(
     settings: QwenSettings, spec: EncoderSpec, rows: TextRows, accelerator: Accelerator
 ) -> None:
     """Train one encoder per hold-out and one on all rows, each in a folder of its own inside the run folder."""
-    run = start_run(settings, accelerator)
+    run = start_run(settings, accelerator, report_to="none")  # its parts report
     if run is None:
         return
     for part in settings.parts():
@@ -68,8 +68,9 @@ def train_encoder(
     """Train one encoder on the rows that its hold-out leaves, and score it on the others."""
     from qwen3_finetune.loop import Training
     from qwen3_finetune.model import save_model
+    from qwen3_finetune.sentence_transformer import write_sentence_transformer
 
-    run = start_run(settings, accelerator)
+    run = start_run(settings, accelerator, settings.report_to)
     if run is None:
         return
     training = Training(settings, spec, accelerator, run, rows)
@@ -77,26 +78,29 @@ def train_encoder(
         describe(settings, accelerator.unwrap_model(training.model), rows)
     training.fit()
     if accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(training.model), settings.train, run.path)
+        model = accelerator.unwrap_model(training.model)
+        save_model(model, settings.train, run.path)
+        write_sentence_transformer(run.path, spec, model.head.width)
         finish(settings, run, best_epoch=training.best.epoch, stop_smape=training.best.score)
     # the last reference to a gloo group must not be the wrapped model's: its destructor can deadlock
     del training
     accelerator.free_memory()
 
 
-def start_run(settings: QwenSettings, accelerator: Accelerator) -> RunFolder | None:
+def start_run(settings: QwenSettings, accelerator: Accelerator, report_to: str) -> RunFolder | None:
     """Open the run folder in the first process while the others wait. None: --resume has nothing left to do."""
     workspace = Workspace(settings.workspace)
     run = RunFolder(workspace.path("run", name=settings.run))
-    if run.already_complete(settings.resume):
+    inputs = [workspace.path("prepared", split="train"), workspace.path("folds")]
+    if run.already_complete(settings.resume, settings, inputs):
         return None
     if accelerator.is_main_process:
         run = RunFolder.start(
             run.path,
             settings,
-            inputs=[workspace.path("prepared", split="train"), workspace.path("folds")],
+            inputs=inputs,
             resume=settings.resume,
-            report_to=settings.report_to,
+            report_to=report_to,
         )
     accelerator.wait_for_everyone()
     return run

@@ -6,6 +6,9 @@ checkpoints/<run>/settings.json    the resolved settings
                   step_00000120/   weights and training state; its COMPLETE file is written last
                   model.safetensors, …  the finished model
                   COMPLETE         written last of all
+
+The folder of an out-of-fold run holds settings.json, manifest.json, summary.json and COMPLETE, and one run folder for
+each of its models: fold_0, fold_1, … for the hold-outs and `all` for the model of all rows.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +32,21 @@ from typing import TYPE_CHECKING, Any
 from contracts.errors import InputError
 from contracts.files import atomic_write, read_json, sha256_file, write_json
 from training.settings import settings_as_dict
+from training.trackers import require_tracker, start_tracker
 
 if TYPE_CHECKING:
     import torch
-    from torch.utils.tensorboard import SummaryWriter
+    from accelerate.tracking import GeneralTracker
 
 MARKER = "COMPLETE"
 READABLE = 0o644  # safetensors and peft make files that only their owner can read
-_MAY_DIFFER_ON_RESUME = {
-    "resume", "report_to", "workers", "device", "epochs", "save_steps", "save_epochs", "tokens_per_batch",
+CHANGE_NOTHING = {
+    "workspace", "resume", "report_to", "workers", "device", "save_steps", "save_epochs", "checkpoint_steps",
+    "tokens_per_batch",
 }  # fmt: skip
+"""Settings that do not decide what a run learns. The tables of a workspace do, and their hashes are compared."""
+MAY_GROW = {"epochs"}
+"""Settings that an interrupted run may be continued with another value of."""
 _PACKAGES = (
     "torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes", "open_clip_torch", "numpy",
 )  # fmt: skip
@@ -46,7 +57,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._tensorboard: SummaryWriter | None = None
+        self._tracker: GeneralTracker | None = None
 
     @classmethod
     def start(
@@ -54,8 +65,15 @@ class RunFolder:
     ) -> RunFolder:
         """Begin a run, or continue it with `resume`. Without `resume`, what the folder held before is replaced.
 
-        Raises InputError when a resumed run was started with other settings or other input files.
+        Args:
+            inputs: files whose content decides what is learned.
+            report_to: tracker that receives the metrics, see `training.trackers`.
+
+        Raises:
+            InputError: a resumed run was started with other settings or other input files, or there is no such
+                tracker.
         """
+        require_tracker(report_to)  # before anything is removed
         run = cls(path)
         stored = settings_as_dict(settings)
         manifest = {
@@ -69,10 +87,8 @@ class RunFolder:
                 shutil.rmtree(path)
             write_json(path / "manifest.json", manifest)
         write_json(path / "settings.json", stored)
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            run._tensorboard = SummaryWriter(path / "tensorboard")
+        if report_to != "none":
+            run._tracker = start_tracker(report_to, path, run.name, stored)
         return run
 
     @classmethod
@@ -86,15 +102,46 @@ class RunFolder:
     def complete(self) -> bool:
         return (self.path / MARKER).is_file()
 
-    def already_complete(self, resume: bool) -> bool:
-        """Whether `resume` has nothing left to do; the first process says so in one line."""
-        if resume and self.complete and int(os.environ.get("RANK", 0)) == 0:
+    @property
+    def name(self) -> str:
+        """What the run is called in its workspace; one model of an out-of-fold run is called such as oof/fold_0."""
+        inside_a_run = (self.path.parent / "settings.json").is_file()
+        return f"{self.path.parent.name}/{self.path.name}" if inside_a_run else self.path.name
+
+    @property
+    def is_out_of_fold(self) -> bool:
+        """Whether the run has one model per hold-out and one of all rows."""
+        return (self.path / part_folder(None)).is_dir()
+
+    def already_complete(self, resume: bool, settings: Any = None, inputs: Sequence[Path] = ()) -> bool:
+        """Whether `resume` has nothing left to do; the first process says so in one line.
+
+        Args:
+            settings, inputs: of the command that asks. None compares nothing.
+
+        Raises:
+            InputError: the finished run had other settings or other input files.
+        """
+        if not (resume and self.complete):
+            return False
+        if settings is not None:
+            self._check_same(settings, {str(file): sha256_file(file) for file in inputs})
+        if int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.path}: this run is complete; leave --resume out to train it again")
-        return resume and self.complete
+        return True
 
     def settings(self, settings_class: type) -> Any:
-        """The settings that the run was started with, also those of an older version of the program."""
+        """The settings that the run was started with, also those of an older version of the program.
+
+        Raises InputError for a setting that this version does not know: a newer one wrote it.
+        """
         stored = _renamed(read_json(self.path / "settings.json"), settings_class)
+        known = {field.name for field in dataclasses.fields(settings_class)}
+        if unknown := sorted(stored.keys() - known):
+            raise InputError(
+                f"{self.path}: made by another version of this program ({', '.join(unknown)} is not known here); "
+                "train it again with this one"
+            )
         return settings_class(
             **{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
         )
@@ -105,9 +152,8 @@ class RunFolder:
             require_finite(value, name=name, run=self.path.name, step=step)
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(values, step=step)
 
     def metrics(self) -> list[dict[str, float]]:
         path = self.path / "metrics.jsonl"
@@ -127,9 +173,16 @@ class RunFolder:
         folder = self.path / f"step_{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        save_weights(folder / "weights.safetensors", weights)
-        torch.save(state, folder / "state.pt")
-        (folder / MARKER).touch()
+        try:
+            save_weights(folder / "weights.safetensors", weights)
+            with disk_errors(folder), open(folder / "state.pt", "wb") as file:
+                torch.save(state, file)
+            (folder / MARKER).touch()
+        except OSError:
+            shutil.rmtree(
+                folder, ignore_errors=True
+            )  # on a full disk, half a checkpoint would only be in the way
+            raise
         for old in self._checkpoints()[:-keep]:
             shutil.rmtree(old)
 
@@ -153,8 +206,8 @@ class RunFolder:
         for file in self.path.rglob("*"):
             if file.is_file():
                 file.chmod(READABLE)
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._tracker is not None:
+            self._tracker.finish()
         (self.path / MARKER).touch()
         for folder in self.path.glob("step_*"):
             shutil.rmtree(folder)
@@ -166,14 +219,22 @@ class RunFolder:
         # read as settings, so that names and values of an older version count as today's
         stored = settings_as_dict(self.settings(type(settings)))
         wanted = settings_as_dict(settings)
-        for name in wanted.keys() - _MAY_DIFFER_ON_RESUME:
+        may_differ = CHANGE_NOTHING if self.complete else CHANGE_NOTHING | MAY_GROW
+        remedy = "leave --resume out to train it again, or give it another name with --run"
+        for name in sorted(wanted.keys() - may_differ):
             if stored.get(name) != wanted[name]:
                 raise InputError(
-                    f"--resume: {name} was {stored.get(name)!r} when the run started and is {wanted[name]!r} now"
+                    f"--resume: {name} was {stored.get(name)!r} when {self.name} started and is {wanted[name]!r} now; "
+                    + remedy
                 )
         for file, digest in read_json(self.path / "manifest.json")["inputs"].items():
-            if inputs.get(file) != digest:
-                raise InputError(f"--resume: {file} has changed since {self.path.name} started")
+            if digest not in inputs.values():  # the workspace may have moved, so paths are not compared
+                raise InputError(f"--resume: {file} has changed since {self.name} started; {remedy}")
+
+
+def part_folder(holdout: int | None) -> str:
+    """Where one model of an out-of-fold run lies in its run folder; None is the model of all rows."""
+    return "all" if holdout is None else f"fold_{holdout}"
 
 
 def require_finite(value: object, *, name: str = "loss", run: str, step: int) -> None:
@@ -187,8 +248,26 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write tensors by name as safetensors, readable for all."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+    with disk_errors(path):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
     path.chmod(READABLE)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raise what the operating system said of a full disk, where safetensors and torch raise types of their own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        reason = error.__context__  # of torch
+        code = reason.errno if isinstance(reason, OSError) else None
+        if stated := re.search(r"os error (\d+)", str(error)):  # of safetensors
+            code = int(stated[1])
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def weights_hash(folder: Path) -> str:

@@ -6,6 +6,7 @@ import pytest
 from contracts.errors import InputError
 from contracts.files import read_json, write_json
 from contracts.tables import read_any
+from contracts.workspace import Workspace
 from pricing import PriceModel, export
 
 
@@ -121,3 +122,33 @@ def test_pictures_and_both_towers_survive_the_export(picture_system, raw, tmp_pa
 def test_a_name_that_is_neither_folder_nor_hub_id(tmp_path):
     with pytest.raises(InputError, match="no such folder, and not a hub id"):
         PriceModel.load(tmp_path / "absent")
+
+
+def test_the_adapter_of_an_export_opens_as_a_sentence_transformer(
+    copy_of, word_system, pretrained, raw, tmp_path, monkeypatch
+):
+    """Its base is a local folder, which the export brings along; here it lies elsewhere, as on another machine."""
+    from sentence_transformers import SentenceTransformer
+
+    from qwen3_finetune import train
+    from qwen3_finetune.encoder import Encoder
+
+    root = copy_of(word_system)
+    flags = ["--model", str(pretrained), "--epochs", "1", "--max-length", "32", "--lr", "1e-2"]
+    train.main([*flags, "--run", "lora", "--device", "cpu", "--workspace", str(root)])
+    path = root / "checkpoints" / "ensemble" / "model.json"
+    member = {"name": "lora", "stage": "qwen3_finetune", "run": "lora"}
+    write_json(path, {**read_json(path), "members": [member], "weights": [1.0]})
+    moved = export.export(root, tmp_path / "system").rename(tmp_path / "moved")
+
+    monkeypatch.chdir(moved)
+    hidden = pretrained.rename(pretrained.with_name("hidden"))
+    try:
+        opened = SentenceTransformer("checkpoints/lora/adapter", device="cpu").encode(["Green tea", "Rice"])
+        priced = PriceModel.load(moved, device="cpu").predict(raw)["price"]
+    finally:
+        hidden.rename(pretrained)
+    table = Workspace(root).prepared("test").head(2).assign(text=["Green tea", "Rice"])
+    expected = Encoder.open(root / "checkpoints" / "lora", device="cpu").encode(table).embeddings
+    np.testing.assert_allclose(opened, expected[:, :-3], atol=1e-5)
+    np.testing.assert_allclose(priced, PriceModel.load(root, device="cpu").predict(raw)["price"], rtol=1e-5)

@@ -14,7 +14,7 @@ from contracts.splits import N_FOLDS, leaked_folds, roles
 from contracts.workspace import Workspace
 from qwen3_finetune import evaluate, extract_embeddings, predict, train
 from qwen3_finetune.data import read_rows
-from qwen3_finetune.finished import Alignment, Computation, FinishedRun, OutOfFoldRun
+from qwen3_finetune.finished import Computation, FinishedRun, OutOfFoldRun
 from training.run_folder import RunFolder
 
 ON_CPU = Computation(device="cpu")
@@ -44,16 +44,6 @@ def extracted(out_of_fold, tmp_path_factory) -> Path:
 
 def embedding(root: Path, name: str, split: str):
     return read_embeddings(Workspace(root).path("embeddings", name=name, split=split))
-
-
-def test_alignment_recovers_a_rotation_and_a_shift():
-    rng = np.random.default_rng(0)
-    source = rng.normal(size=(200, 8)) * rng.uniform(0.5, 3, size=8)
-    rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
-    target = source @ rotation + rng.normal(size=8)
-    alignment = Alignment.fit(source[:100], target[:100])
-    np.testing.assert_allclose(alignment(source[100:]), target[100:], atol=1e-8)
-    np.testing.assert_allclose(alignment.rotation @ alignment.rotation.T, np.eye(8), atol=1e-10)
 
 
 @pytest.mark.parametrize("holdouts", [2, 5, 10])

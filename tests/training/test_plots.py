@@ -41,6 +41,41 @@ def test_error_by_price_labels_dollars_and_rows(tmp_path, drawn):
     assert bars.get_legend().get_texts()[0].get_text() == "all rows: 18.2"
 
 
+def test_over_few_powers_of_ten_there_are_more_prices_along_the_axis(tmp_path, drawn):
+    price = np.array([15.0, 40.0, 900.0])
+    plot_error_by_price(tmp_path / "error.png", price, price * 1.2, title="run")
+    axis = drawn[0].axes[0].xaxis
+    labels = [axis.get_major_formatter()(place, 0) for place in axis.get_majorticklocs()]
+    assert {"$20", "$50", "$100", "$200", "$500"} <= set(labels)
+    assert not len(axis.get_minorticklocs())
+
+
+def test_no_number_of_rows_is_struck_through(tmp_path):
+    """It stands at the foot of its bar or, where bar, error bar or line are too low for that, above them."""
+    smape = pd.Series([100.0, 4.0, 30.0, 35.0], list("abcd"))
+    error = pd.Series([10.0, 1.0, 28.0, 2.0], list("abcd"))
+    rows = pd.Series([3, 1000, 2, 5], list("abcd"))
+
+    def places(overall):
+        with figure_at(tmp_path / "bars.png", columns=1, width=3, height=3) as (_, (axis,)):
+            draw_error_bars(axis, smape, error, rows, overall=overall)
+        return {text.get_text(): (text.xy[1], text.get_color()) for text in axis.texts}
+
+    assert places(overall=36.0) == {
+        "n=3": (0, "white"),
+        "n=1000": (5.0, "black"),
+        "n=2": (58.0, "black"),
+        "n=5": (0, "white"),
+    }
+    # a line at the foot moves all of them up, and the low one above the line
+    assert places(overall=6.0) == {
+        "n=3": (110.0, "black"),
+        "n=1000": (6.0, "black"),
+        "n=2": (58.0, "black"),
+        "n=5": (37.0, "black"),
+    }
+
+
 def test_a_bar_has_its_standard_error(tmp_path):
     index = ["a", "b"]
     with figure_at(tmp_path / "bars.png", columns=1, width=3, height=3) as (_, (axis,)):

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from contracts.errors import InputError
-from contracts.files import read_json
+from contracts.files import read_json, write_json
 from training.run_folder import RunFolder, save_weights, weights_hash
 
 
@@ -124,10 +124,58 @@ def test_settings_of_an_older_version_are_read_under_their_new_names(tmp_path):
         start(tmp_path, New(max_grad_norm=5.0, seed=3), resume=True)
 
 
+def test_settings_of_a_newer_version_are_one_line(tmp_path):
+    run = start(tmp_path, Settings())
+    stored = read_json(run.path / "settings.json")
+    write_json(run.path / "settings.json", {**stored, "flash": True})
+    with pytest.raises(InputError, match=r"run: made by another version .*\(flash is not known here\)"):
+        run.settings(Settings)
+
+
 def test_a_complete_run_has_nothing_to_resume(tmp_path, capsys):
     run = start(tmp_path, Settings())
-    assert not run.already_complete(resume=True)
+    inputs = [tmp_path / "input.csv"]
+    assert not run.already_complete(True, Settings(), inputs)
     run.finish()
-    assert not run.already_complete(resume=False)
-    assert run.already_complete(resume=True)
+    assert not run.already_complete(False, Settings(), inputs)
+    assert run.already_complete(True, Settings(resume=True), inputs)
     assert "this run is complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", [{"lr": 0.5}, {"epochs": 4}, {"hidden": (4, 3)}, {"seed": 1}])
+def test_a_complete_run_of_other_settings_is_never_passed_off_as_this_one(tmp_path, changed):
+    """More epochs, too: an interrupted run may be continued with them, a finished one is what it is."""
+    run = start(tmp_path, Settings())
+    run.finish()
+    name = next(iter(changed))
+    with pytest.raises(
+        InputError, match=f"^--resume: {name} was .* when run started and is .*; leave --resume out"
+    ):
+        run.already_complete(True, replace(Settings(), **changed), [tmp_path / "input.csv"])
+    assert run.complete
+
+
+def test_a_complete_run_of_other_inputs_is_never_passed_off_as_this_one(tmp_path):
+    run = start(tmp_path, Settings())
+    run.finish()
+    (tmp_path / "input.csv").write_text("b")
+    with pytest.raises(InputError, match="^--resume: .*input.csv has changed since run started"):
+        run.already_complete(True, Settings(), [tmp_path / "input.csv"])
+
+
+def test_a_workspace_may_move_between_start_and_resume(tmp_path):
+    run = start(tmp_path, Settings())
+    run.finish()
+    moved = tmp_path / "elsewhere"
+    run.path.rename(moved)
+    (tmp_path / "input.csv").rename(tmp_path / "moved.csv")
+    assert RunFolder(moved).already_complete(True, Settings(), [tmp_path / "moved.csv"])
+
+
+def test_one_model_of_an_out_of_fold_run_is_named_with_its_run(tmp_path):
+    run = start(tmp_path, Settings())
+    assert not run.is_out_of_fold
+    part = RunFolder.start(run.path / "all", Settings(), inputs=[])
+    assert (run.name, part.name) == ("run", "run/all")
+    assert run.is_out_of_fold
+    assert not part.is_out_of_fold

@@ -133,7 +133,7 @@ def write_predictions(
     return path
 
 
-def write_submission(workspace: Workspace, split: str, prices: pd.DataFrame, path: Path) -> None:
+def write_in_input_order(workspace: Workspace, split: str, prices: pd.DataFrame, path: Path) -> None:
     """Write the prices of a table, one line for every line of its input, in the input's order.
 
     Args:

@@ -76,8 +76,6 @@ def assign_folds(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     Returns:
         DataFrame sample_id, fold (int, 0 to 9), in the order of `table`.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
-
     words = table["catalog_content"].str.lower().str.split().str.join(" ")
     groups = group_rows(table["image"], words)
     if len(np.unique(groups)) < N_FOLDS:
@@ -87,11 +85,24 @@ def assign_folds(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     quantile = pd.qcut(
         table["price"].rank(method="first"), min(PRICE_QUANTILES, len(table) // N_FOLDS), labels=False
     )
-    fold = np.full(len(table), -1)
-    dealer = StratifiedGroupKFold(n_splits=N_FOLDS, shuffle=True, random_state=seed)
-    for number, (_, rows) in enumerate(dealer.split(table, quantile, groups)):
-        fold[rows] = number
+    fold = deal(quantile.to_numpy(), groups, seed)
     return pd.DataFrame({"sample_id": table["sample_id"].to_numpy(), "fold": fold})
+
+
+def deal(strata: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Deal N rows into the ten folds: (N,) int.
+
+    Args:
+        strata: (N,) what should be spread evenly over the folds, such as a class or a quantile of the price.
+        groups: (N,) int; the rows of a group stay together.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    fold = np.full(len(strata), -1)
+    dealer = StratifiedGroupKFold(n_splits=N_FOLDS, shuffle=True, random_state=seed)
+    for number, (_, rows) in enumerate(dealer.split(np.zeros(len(strata)), strata, groups)):
+        fold[rows] = number
+    return fold
 
 
 def write_folds(path: Path, folds: pd.DataFrame) -> None:

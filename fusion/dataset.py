@@ -1,5 +1,8 @@
 """A table of products as tensors: every embedding joined by sample_id, with a mask of what is there.
 
+The feature columns of the table itself, if it has any, join them as one more modality, `tabular`. How they become
+numbers is learnt from the rows that a model is fitted on, so they are added for each model by `with_tabular`.
+
 All embeddings lie side by side in one matrix on the training device. A step picks its rows with one
 index_select, and nothing is collated or sent while training runs.
 
@@ -17,10 +20,12 @@ import torch
 from torch import Tensor
 
 from contracts import splits
-from contracts.embeddings import Embeddings, align, read_embeddings
+from contracts.embeddings import Aligned, Embeddings, align, read_embeddings
 from contracts.errors import InputError
 from contracts.files import read_json, sidecar_of
 from contracts.workspace import Workspace
+from fusion.config import TABULAR
+from fusion.tabular import TableColumns, feature_columns
 
 
 @dataclass
@@ -76,6 +81,17 @@ class FusionTable:
         """Embeddings (n, D_in) per modality and mask (n, M) of the rows at the positions `index` (n,)."""
         return self._by_modality(self.matrix.index_select(0, index)), self.valid.index_select(0, index)
 
+    def with_tabular(self, columns: TableColumns | None) -> FusionTable:
+        """The same rows with the table's own feature columns as the last modality; unchanged for None."""
+        if columns is None:
+            return self
+        content, is_stated = columns.matrix(self.rows)
+        device = self.valid.device
+        tabular = torch.from_numpy(content).to(device)
+        stated = torch.from_numpy(is_stated).to(device)
+        valid = torch.cat([self.valid, stated[:, None]], dim=1)
+        return FusionTable.of(self.rows, self.embeddings | {TABULAR: tabular}, valid, self.meta)
+
     def to(self, device: torch.device) -> FusionTable:
         return replace(self, matrix=self.matrix.to(device), valid=self.valid.to(device))
 
@@ -90,37 +106,84 @@ def load_table(
     """Read the prepared table and its embeddings.
 
     Args:
-        modalities: the model's inputs, in its order.
-        use: those to read; empty means all. An embedding that is left out needs no file: its rows are
-            invalid. Where its file exists, the width is kept, so that parameter counts compare.
+        modalities: the embeddings that are the model's inputs, in its order.
+        use: what to use of them and of `tabular`; empty means all. An embedding that is left out needs no file: its
+            rows are invalid. Where its file exists, the width is kept, so that parameter counts compare.
         trained_widths: what a trained model expects of those that are left out.
 
     Raises:
-        InputError: an unknown name in `use`, or a file that is missing, damaged, of other rows or made with
-            another fold file.
+        InputError: a file that is missing, damaged, of other rows or made with another fold file.
     """
-    if unknown := set(use) - set(modalities):
-        raise InputError(f"--use {', '.join(sorted(unknown))}: choose from {', '.join(modalities)}")
     rows = workspace.training_table() if split == "train" else workspace.prepared(split)
     split_hash = splits.split_hash(workspace.folds())
     ids = rows["sample_id"].to_numpy()
-    embeddings: dict[str, Tensor] = {}
-    valid: list[Tensor] = []
+    aligned: dict[str, Aligned] = {}
+    widths: dict[str, int] = {}
     metas: dict[str, dict] = {}
     for name in modalities:
         path = workspace.path("embeddings", name=name, split=split)
         if use and name not in use:
-            width = trained_widths[name] if trained_widths else _recorded_width(path)
-            embeddings[name] = torch.zeros(len(rows), width)
-            valid.append(torch.zeros(len(rows), dtype=torch.bool))
+            widths[name] = trained_widths[name] if trained_widths else _recorded_width(path)
             continue
         content = read_embeddings(path)
         _check_split(path, content, split_hash)
-        aligned = align(content, ids, path)
-        embeddings[name] = torch.from_numpy(aligned.embeddings)
-        valid.append(torch.from_numpy(aligned.valid))
+        aligned[name] = align(content, ids, path)
+        widths[name] = content.width
         metas[name] = content.meta
-    return FusionTable.of(rows, embeddings, torch.stack(valid, dim=1), metas)
+    return _side_by_side(rows, aligned, widths, metas)
+
+
+def table_in_memory(
+    rows: pd.DataFrame, embeddings: dict[str, Embeddings], widths: dict[str, int]
+) -> FusionTable:
+    """The table of prepared rows whose embeddings are at hand, such as those of a product that asks for its price.
+
+    Args:
+        rows: N prepared rows.
+        embeddings: by name; they are joined by sample_id. This takes them over, see `contracts.embeddings.align`.
+        widths: D_in of each embedding of the model, in its order; those without an entry in `embeddings` count as
+            missing in every row.
+
+    Raises:
+        InputError: an embedding has none of the rows.
+    """
+    ids = rows["sample_id"].to_numpy(np.str_)
+    aligned: dict[str, Aligned] = {}
+    metas: dict[str, dict] = {}
+    for name in widths:
+        if name in embeddings:
+            aligned[name] = align(embeddings[name], ids, f"embedding {name}")
+            metas[name] = embeddings[name].meta
+    return _side_by_side(rows, aligned, widths, metas)
+
+
+def _side_by_side(
+    rows: pd.DataFrame, aligned: dict[str, Aligned], widths: dict[str, int], metas: dict[str, dict]
+) -> FusionTable:
+    """The table whose embeddings are those that are there, and zeros for the others in `widths`."""
+    matrices: dict[str, Tensor] = {}
+    valid: list[Tensor] = []
+    for name, width in widths.items():
+        if name in aligned:
+            matrices[name] = torch.from_numpy(aligned[name].embeddings)
+            valid.append(torch.from_numpy(aligned[name].valid))
+        else:
+            matrices[name] = torch.zeros(len(rows), width)
+            valid.append(torch.zeros(len(rows), dtype=torch.bool))
+    return FusionTable.of(rows, matrices, torch.stack(valid, dim=1), metas)
+
+
+def uses_tabular(rows: pd.DataFrame, use: tuple[str, ...]) -> bool:
+    """Whether a model that can read the feature columns of the table does so: if there are any and `use` admits it.
+
+    Raises InputError if `use` names it and the table has no such column.
+    """
+    has_features = len(feature_columns(rows)) > 0
+    if TABULAR in use and not has_features:
+        raise InputError(
+            "--use tabular: the table has no feature columns; name them in --features of data.prepare"
+        )
+    return has_features and (not use or TABULAR in use)
 
 
 def _recorded_width(path: Path) -> int:
@@ -137,10 +200,13 @@ def _check_split(path: Path, content: Embeddings, split_hash: str) -> None:
         )
 
 
-def check_no_leak(table: FusionTable, validate: tuple[int, ...], *, allow: bool) -> bool:
+def check_no_leak(
+    table: FusionTable, validate: tuple[int, ...], *, allow: bool, out_of_fold: bool = False
+) -> bool:
     """Whether a score on the `validate` folds would be leaked: an encoder was fitted on their rows.
 
-    Raises InputError in that case unless `allow`.
+    Raises InputError in that case unless `allow`. It says what to do, which depends on whether the run is
+    `out_of_fold`.
     """
     leaks: dict[str, list[int]] = {}
     for name, meta in table.meta.items():
@@ -148,8 +214,13 @@ def check_no_leak(table: FusionTable, validate: tuple[int, ...], *, allow: bool)
             leaks[name] = folds
     if leaks and not allow:
         listed = ", ".join(f"{name} (folds {folds})" for name, folds in leaks.items())
+        remedy = (
+            "train the encoder with --folds, or freeze it"
+            if out_of_fold
+            else "use the --holdout that the encoder was trained with"
+        )
         raise InputError(
             f"no honest validation score: the encoder of {listed} was fitted on rows it would be scored on; "
-            "use the --holdout that the encoder was trained with, or --allow-leak for a number called leaked"
+            f"{remedy}, or --allow-leak for a number called leaked"
         )
     return bool(leaks)

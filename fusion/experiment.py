@@ -7,258 +7,205 @@ to the whole system. A score on rows that any encoder has seen is refused, or ca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from contracts import splits
-from contracts.errors import InputError
-from contracts.files import atomic_write, read_json, write_json
+from contracts.files import read_json
 from contracts.predictions import remove_predictions, write_predictions
+from contracts.splits import Roles
 from contracts.workspace import SPLITS, Workspace
-from fusion.blocks import PriceModel
-from fusion.config import EvaluateSettings, Package, PredictSettings, TrainingSettings
-from fusion.dataset import FusionTable, check_no_leak, load_table
-from fusion.evaluation import write_scores
-from fusion.int8 import int8_copy
-from fusion.loop import predict, train
-from fusion.target import Target
-from training.device import choose_device, seed_everything
-from training.plots import plot_training_curves
-from training.processes import process, process_group
-from training.run_folder import RunFolder, save_weights
+from fusion.config import Package, TrainingSettings
+from fusion.evaluation import gate_shares, write_scores
+from fusion.finished import open_model, prediction_meta
+from fusion.fitting import ALL_ROWS, TrainingData, fit_model, median_learning_rates
+from training.processes import from_first_process, process, process_group
+from training.run_folder import RunFolder
 
 
 @dataclass
-class TrainingData:
-    """The rows that a run is trained and scored on."""
+class Validated:
+    """Rows that were new to the models that priced them."""
 
-    table: FusionTable
-    roles: splits.Roles
-    is_leaked: bool
-    """whether an encoder was fitted on rows to validate on"""
-    inputs: list[Path]
-    """the files that were read"""
-
-
-def build_data(package: Package, settings: TrainingSettings) -> TrainingData:
-    """Load the training table onto the device and check that validating on its held-out rows is honest."""
-    workspace = Workspace(settings.workspace)
-    roles = splits.roles(settings.holdout)
-    table = load_table(workspace, "train", package.modalities, settings.use)
-    is_leaked = check_no_leak(table, roles.validate, allow=settings.allow_leak)
-    inputs = [workspace.path("prepared", split="train"), workspace.path("folds")]
-    for name in settings.use or package.modalities:
-        inputs.append(workspace.path("embeddings", name=name, split="train"))
-    return TrainingData(table.to(choose_device(settings.device)), roles, is_leaked, inputs)
+    rows: np.ndarray
+    """positions (n,) in the training table"""
+    log_price: np.ndarray
+    """(n,) log1p of dollars"""
+    gate: Tensor | None = None
+    """(n, E) shares of the experts, where one mixture priced all the rows"""
 
 
 def fit_and_score(package: Package, settings: TrainingSettings, data: TrainingData) -> dict[str, Any]:
     """Train, keep the best weights, score them on the validation rows, leave everything in the run folder.
 
     Returns the content of summary.json. Under torchrun, only the first process returns the scores with it.
+
+    Raises InputError if --resume meets a run of other settings or other files, a finished one included.
     """
-    folder = Workspace(settings.workspace).path("run", name=settings.run)
-    if RunFolder(folder).already_complete(settings.resume):
-        return read_json(folder / "summary.json")
+    run = RunFolder(Workspace(settings.workspace).path("run", name=settings.run))
+    if run.already_complete(settings.resume, settings, data.inputs):
+        return read_json(run.path / "summary.json")
     with process_group(data.table.valid.device):
-        return _fit_and_score(package, settings, data, folder)
-
-
-def _fit_and_score(
-    package: Package, settings: TrainingSettings, data: TrainingData, folder: Path
-) -> dict[str, Any]:
-    workspace = Workspace(settings.workspace)
-    seed_everything(settings.seed)
-    model = package.build_model(settings, data.table.widths)
-    run = None
-    if process()[0] == 0:  # the other processes only compute
-        run = RunFolder.start(
-            folder, settings, inputs=data.inputs, resume=settings.resume, report_to=settings.report_to
-        )
-        for split in SPLITS:  # an earlier run of this name is gone, and its prices with it
-            remove_predictions(workspace, settings.run, split)
-    fit = data.table.rows_in(data.roles.fit)
-    stop = data.table.rows_in(data.roles.stop)
-    target = Target.of(settings, data.table.log_price[fit])
-    model.set_output_bias(target.output_bias)
-    model.to(data.table.valid.device)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if run:
-        print(data.table.coverage())
-        print(f"{parameters:,} parameters; {len(fit)} rows to fit, {len(stop)} to stop on")
-    outcome = train(model, data.table, fit, stop, target, settings, run)
-    summary = {"parameters": parameters, **outcome}
-    if run is None:
-        return summary
-
-    _save_model(folder, model, data.table, target)
-    plot_training_curves(folder / "training_curves.png", run.metrics(), title=settings.run)
-    if data.roles.validate:
-        summary |= _validate(package, settings, data, model, target, folder)
-    run.finish(**summary)
-    return summary
-
-
-def _save_model(folder: Path, model: PriceModel, table: FusionTable, target: Target) -> None:
-    save_weights(folder / "model.safetensors", model.state_dict())
-    inputs = {
-        "widths": table.widths,
-        "encoders": {name: meta["checkpoint"] for name, meta in table.meta.items()},
-        "mean_price": target.mean_price,
-        "mean_log_price": target.mean_log_price,
-    }
-    write_json(folder / "inputs.json", inputs)
-
-
-def _validate(
-    package: Package,
-    settings: TrainingSettings,
-    data: TrainingData,
-    model: PriceModel,
-    target: Target,
-    folder: Path,
-) -> dict[str, Any]:
-    """Price the validation rows, and write their scores and, unless they are leaked, the prices."""
-    rows = data.table.rows_in(data.roles.validate)
-    log_price = predict(model, data.table, rows, target).double().numpy()
-    if not data.is_leaked:
-        priced = data.table.rows.iloc[rows.numpy()]
-        write_predictions(
-            Workspace(settings.workspace),
-            settings.run,
-            "train",
-            priced["sample_id"].to_numpy(),
-            log_price,
-            meta=_prediction_meta(package, settings.run, data.roles, data.table),
-            fold=priced["fold"].to_numpy(),
-        )
-    name = "leaked" if data.is_leaked else "validation"
-    scores = write_scores(folder, data.table, rows.numpy(), np.expm1(log_price), name=name)
-    smape = scores[f"{name}_smape"]
-    print(f"{name} SMAPE {smape:.2f} ± {scores['standard_error']:.2f} on {scores['rows']} rows")
-    return scores
-
-
-def _prediction_meta(package: Package, run: str, roles: splits.Roles, table: FusionTable) -> dict[str, Any]:
-    """What a prediction file says of its origin: the folds of the model and of the encoders that it used."""
-    fitted = [splits.fitted_on(encoder_folds=roles.fitted_on)]
-    for meta in table.meta.values():
-        fitted.append(meta["fitted_on"])
-    return {"stage": package.name, "model": run, "fitted_on": splits.union_fitted_on(*fitted)}
+        return Experiment(package, data, Workspace(settings.workspace)).conduct(settings)
 
 
 @dataclass
-class TrainedModel:
-    """A finished run, opened to predict."""
+class Experiment:
+    """The models of a run, trained one after another, each in its folder."""
 
     package: Package
-    run: str
-    settings: TrainingSettings
-    """those that it was trained with"""
+    data: TrainingData
     workspace: Workspace
-    """where it was found, which need not be where it was trained"""
-    folder: Path
-    model: PriceModel
-    target: Target
-    inputs: dict[str, Any]
-    """the content of inputs.json: widths and encoders of the embeddings that it was trained on"""
-    device: torch.device
 
+    def conduct(self, settings: TrainingSettings) -> dict[str, Any]:
+        """The whole run, to its summary and its prices of the validation rows."""
+        run = self._start(settings)
+        if run:
+            print(self.data.table.coverage())
+            for split in SPLITS:  # an earlier run of this name is gone, and its prices with it
+                remove_predictions(self.workspace, settings.run, split)
+        if settings.folds:
+            summary, validated = self._train_out_of_fold(settings, run)
+        else:
+            summary, validated = self._train_hold_out(settings, run)
+        if run and validated and not self.data.is_leaked:
+            self._write_prices(settings, validated)
+        if run:
+            run.finish(**summary)
+        return summary
 
-def load_trained(package: Package, applied: EvaluateSettings) -> TrainedModel:
-    """Open the finished run that `applied` names: its settings, model and target.
+    def _start(self, settings: TrainingSettings) -> RunFolder | None:
+        """Open the run folder of a model, in the first process; the others only compute."""
+        if process()[0] != 0:
+            return None
+        return RunFolder.start(
+            self.workspace.path("run", name=settings.run),
+            settings,
+            inputs=self.data.inputs,
+            resume=settings.resume,
+            report_to=settings.report_to,
+        )
 
-    Raises InputError when there is no finished run of that name.
-    """
-    from safetensors.torch import load_file
+    def _train_out_of_fold(
+        self, settings: TrainingSettings, run: RunFolder | None
+    ) -> tuple[dict[str, Any], Validated | None]:
+        """One model per hold-out, and one of all rows. Returns the summary, and the prices of all training rows."""
+        parts = [settings.part(holdout) for holdout in range(settings.folds)]
+        of_parts = []
+        best_epochs = []
+        for part in parts:
+            own = self._start(part)
+            summary, validated = self._train_hold_out(part, own)
+            best_epochs.append(summary["best_epoch"])
+            if own and validated:
+                own.finish(**summary)
+                of_parts.append(validated)
+        self._train_all_rows(settings.part(None), validated=parts)
+        whole = {"parts": [part.run for part in parts], "best_epoch": best_epochs}
+        if run is None:
+            return whole, None
+        validated = Validated(
+            np.concatenate([part.rows for part in of_parts]),
+            np.concatenate([part.log_price for part in of_parts]),
+        )
+        return whole | self._score(run, validated), validated
 
-    workspace = Workspace(applied.workspace)
-    run = applied.run or package.settings.run
-    folder = workspace.path("run", name=run)
-    settings = RunFolder.finished(folder, package.name).settings(package.settings)
-    inputs = read_json(folder / "inputs.json")
-    target = Target(settings, inputs["mean_log_price"], inputs["mean_price"])
-    model = package.build_model(settings, inputs["widths"])
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    device = choose_device(applied.device)
-    model.to(device).eval()
-    return TrainedModel(package, run, settings, workspace, folder, model, target, inputs, device)
+    def _train_hold_out(
+        self, settings: TrainingSettings, run: RunFolder | None
+    ) -> tuple[dict[str, Any], Validated | None]:
+        """The model of one hold-out, and with --refit that of all rows; `run` is the model's folder.
 
+        Returns the summary and, in the first process, the prices of the validation rows if there are any.
+        """
+        summary = self._fit(settings, run, settings.roles)
+        validated = None
+        if run and settings.roles.validate:
+            validated = self._price(settings)
+            summary |= self._score(run, validated)
+        if settings.refit:
+            self._train_all_rows(settings.part(None), validated=[settings])
+        return summary, validated
 
-def load_for(trained: TrainedModel, split: str) -> FusionTable:
-    """The table that a trained model is applied to.
+    def _train_all_rows(self, settings: TrainingSettings, *, validated: list[TrainingSettings]) -> None:
+        """The model of all rows, in its folder. It follows those that were `validated`."""
+        run = self._start(settings)
+        summary = self._fit(settings, run, ALL_ROWS, validated=validated)
+        if run:
+            run.finish(**summary)
 
-    Raises InputError where an embedding file has another width or another encoder than the model was trained
-    on.
-    """
-    widths = trained.inputs["widths"]
-    table = load_table(
-        trained.workspace, split, trained.package.modalities, trained.settings.use, trained_widths=widths
-    )
-    for name, meta in table.meta.items():
-        path = trained.workspace.path("embeddings", name=name, split=split)
-        if table.widths[name] != widths[name]:
-            raise InputError(
-                f"{path}: width {table.widths[name]}, but {trained.run} was trained with {widths[name]}"
-            )
-        if meta["checkpoint"] != trained.inputs["encoders"][name]:
-            raise InputError(f"{path}: made by another encoder than the one {trained.run} was trained on")
-    print(table.coverage())
-    return table.to(trained.device)
+    def _fit(
+        self,
+        settings: TrainingSettings,
+        run: RunFolder | None,
+        roles: Roles,
+        *,
+        validated: list[TrainingSettings] | None = None,
+    ) -> dict[str, Any]:
+        """Fit one model in the folder of `run`, or one per seed in folders inside. Returns what the summary says.
 
+        Args:
+            validated: models that a model of all rows follows, as it has no row to stop on.
+        """
+        outcomes = []
+        for number, one in enumerate(settings.by_seed()):
+            own = run if settings.seeds == 1 else self._start(one)
+            rates = self._learning_rates(validated, number) if validated else None
+            outcome = fit_model(self.package, one, self.data, own, roles, rates)
+            if settings.seeds == 1:
+                return outcome
+            if own:
+                own.finish(**outcome)
+            outcomes.append(outcome)
+        summary: dict[str, Any] = {"parameters": sum(outcome["parameters"] for outcome in outcomes)}
+        for name in ("epochs", "best_epoch", "stop_smape"):
+            if name in outcomes[0]:
+                summary[name] = [outcome[name] for outcome in outcomes]
+        return summary
 
-def validation_rows(trained: TrainedModel) -> tuple[FusionTable, Tensor, str]:
-    """The training table, the positions of a finished run's validation rows, and the name of a score on them.
+    def _learning_rates(self, validated: list[TrainingSettings], seed_number: int) -> list[float]:
+        """Those that a model of all rows follows: of the validated models with its seed."""
+        runs = [settings.by_seed()[seed_number].run for settings in validated]
+        folders = [self.workspace.path("run", name=run) for run in runs]
+        # the other processes may look before the first one has written
+        return from_first_process(median_learning_rates(folders) if process()[0] == 0 else None)
 
-    Raises InputError for a run without validation rows, or leaked ones unless it was trained with
-    --allow-leak.
-    """
-    roles = splits.roles(trained.settings.holdout)
-    if not roles.validate:
-        raise InputError(f"{trained.run} was trained with --holdout null: no rows are left to validate on")
-    table = load_for(trained, "train")
-    is_leaked = check_no_leak(table, roles.validate, allow=trained.settings.allow_leak)
-    return table, table.rows_in(roles.validate), "leaked" if is_leaked else "validation"
+    def _price(self, settings: TrainingSettings) -> Validated:
+        """The prices that a fitted model, as it was saved, gives to its validation rows."""
+        trained = open_model(self.package, self.workspace, settings.run, self.data.table.valid.device)
+        rows = self.data.table.rows_in(settings.roles.validate)
+        table = self.data.table.with_tabular(trained.columns)
+        gate = gate_shares(trained.model, table, rows)
+        return Validated(rows.numpy(), trained.log_price(table, rows), gate)
 
+    def _score(self, run: RunFolder, validated: Validated) -> dict[str, Any]:
+        """Write the scores of validation rows into the run's folder, and return the overall one."""
+        name = "leaked" if self.data.is_leaked else "validation"
+        price = np.expm1(validated.log_price)
+        scores = write_scores(
+            run.path, self.data.table, validated.rows, price, name=name, gate=validated.gate
+        )
+        smape = scores[f"{name}_smape"]
+        print(
+            f"{run.path.name}: {name} SMAPE {smape:.2f} ± {scores['standard_error']:.2f} on {scores['rows']} rows"
+        )
+        return scores
 
-def evaluate(trained: TrainedModel) -> dict[str, Any]:
-    """Score a finished run on its validation rows again, by groups; writes the table, json and plots."""
-    table, rows, name = validation_rows(trained)
-    price = predict(trained.model, table, rows, trained.target).double().expm1().numpy()
-    scores = write_scores(trained.folder, table, rows.numpy(), price, name=name)
-    print(f"{trained.folder / 'by_group.csv'}\n" + (trained.folder / "by_group.csv").read_text())
-    return scores
-
-
-def write_submission(trained: TrainedModel, applied: PredictSettings) -> None:
-    """Price the rows of test.csv and write sample_id, price: all ids in its order, one cent or more."""
-    table = load_for(trained, "test")
-    rows = torch.arange(len(table.rows))
-    if applied.int8:
-        # one by one: in a batch, a row's price would depend a little on its neighbours
-        predicted = predict(int8_copy(trained.model), table, rows, trained.target, batch_size=1)
-    else:
-        predicted = predict(trained.model, table, rows, trained.target)
-    log_price = predicted.double().numpy()
-    price = np.expm1(log_price)
-    assert np.isfinite(price).all() and (price > 0).all()
-    submission = table.rows[["sample_id"]].assign(price=np.round(price, 4))
-    out = applied.out or trained.workspace.path("submission")
-    with atomic_write(out) as file:
-        submission.to_csv(file, index=False)
-    write_predictions(
-        trained.workspace,
-        trained.run,
-        "test",
-        table.rows["sample_id"].to_numpy(),
-        log_price,
-        meta=_prediction_meta(trained.package, trained.run, splits.roles(trained.settings.holdout), table),
-    )
-    without_embedding = int((~table.valid.any(dim=1)).sum())
-    if without_embedding:
-        print(f"{without_embedding} rows have no embedding at all and get the model's constant price")
-    print(f"{out}: {len(submission)} prices, median ${np.median(price):.2f}")
+    def _write_prices(self, settings: TrainingSettings, validated: Validated) -> None:
+        """Write the prices of the validation rows as predictions/<run>_train.csv, in the order of the table."""
+        in_order = np.argsort(validated.rows)
+        priced = self.data.table.rows.iloc[validated.rows[in_order]]
+        if settings.folds:
+            model_fitted_on = splits.fitted_out_of_fold(settings.folds)
+        else:
+            model_fitted_on = splits.fitted_on(encoder_folds=settings.roles.fitted_on)
+        write_predictions(
+            self.workspace,
+            settings.run,
+            "train",
+            priced["sample_id"].to_numpy(),
+            validated.log_price[in_order],
+            meta=prediction_meta(self.package, settings.run, model_fitted_on, self.data.table),
+            fold=priced["fold"].to_numpy(),
+        )

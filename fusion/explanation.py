@@ -27,8 +27,9 @@ from contracts.errors import InputError
 from contracts.files import atomic_write
 from contracts.smape import smape
 from contracts.workspace import STRUCTURAL_FEATURES
+from fusion.config import TABULAR
 from fusion.dataset import FusionTable
-from fusion.experiment import TrainedModel, validation_rows
+from fusion.finished import TrainedModel, validation_rows
 from fusion.loop import predict
 from training.plots import figure_at
 
@@ -53,12 +54,14 @@ def ln_price(trained: TrainedModel, table: FusionTable) -> np.ndarray:
 
 
 def importance_groups(table: FusionTable) -> dict[str, tuple[str, ...]]:
-    """What is dealt out together: each embedding that was read, and all of a kind.
+    """What is dealt out together: each embedding that was read, the table's own columns, and all of a kind.
 
     Two embeddings of one picture stand in for each other, so each alone seems to matter less than the picture
     does.
     """
     groups: dict[str, tuple[str, ...]] = {name: (name,) for name in table.meta}
+    if TABULAR in table.widths:
+        groups[TABULAR] = (TABULAR,)
     for kind in ("image", "text"):
         names = tuple(name for name in table.meta if name.endswith(kind))
         if len(names) > 1:

@@ -109,23 +109,10 @@ def train(
     if settings.resume and (checkpoint := from_first_process(run and run.newest_checkpoint())):
         epoch = _restore(checkpoint, best, step, scheduler)
 
-    bar = tqdm(
-        total=settings.epochs,
-        initial=epoch,
-        desc=settings.run,
-        unit=" epochs",
-        mininterval=0.5,
-        disable=run is None,
-    )
+    bar = progress_bar(settings, total=settings.epochs, done=epoch, shown=run is not None)
     while epoch < settings.epochs and epoch - best.epoch < settings.patience:
         epoch += 1
-        model.train()
-        rows, visible = epoch_rows(table, fit, settings, epoch)
-        loss = train_epoch(step, rows, visible).item()
-        if run:
-            lr = float(step.optimizer.param_groups[0]["lr"])
-            run.log(epoch, epoch=epoch, **{"train/loss": loss, "lr": lr})
-
+        fit_epoch(step, fit, epoch, run)
         log_price = dealt(lambda share: predict(model, table, share, target), stop, step.device)
         stop_smape = smape(stop_price, log_price.double().expm1().numpy())
         stop_smape = from_first_process(stop_smape)  # so that all processes stop at the same epoch
@@ -140,6 +127,68 @@ def train(
     bar.close()
     best.load()
     return {"epochs": epoch, "best_epoch": best.epoch, "stop_smape": best.score}
+
+
+def train_by_schedule(
+    model: nn.Module,
+    table: FusionTable,
+    fit: Tensor,
+    target: Target,
+    settings: TrainingSettings,
+    run: RunFolder | None,
+    learning_rates: list[float],
+) -> dict[str, float]:
+    """Fit `model` on rows `fit` with a known learning rate per epoch, when no row is left to stop on.
+
+    Args:
+        learning_rates: of each epoch, as `learning_rates_until_best` reads them from a validated run.
+
+    Returns:
+        The number of epochs. The model then holds the weights of the last one.
+    """
+    step = TrainingStep(model, table, target, settings)
+    epoch = 0
+    if settings.resume and (checkpoint := from_first_process(run and run.newest_checkpoint())):
+        weights, state = checkpoint
+        model.load_state_dict(weights)
+        step.load_optimizer(state["optimizer"])
+        epoch = state["epoch"]
+
+    bar = progress_bar(settings, total=len(learning_rates), done=epoch, shown=run is not None)
+    while epoch < len(learning_rates):
+        step.set_learning_rate(learning_rates[epoch])
+        epoch += 1
+        fit_epoch(step, fit, epoch, run)
+        if run and epoch % settings.save_epochs == 0:
+            state = {"epoch": epoch, "optimizer": step.optimizer.state_dict()}
+            run.save_checkpoint(epoch, model.state_dict(), state)
+        bar.update()
+    bar.close()
+    return {"epochs": epoch}
+
+
+def fit_epoch(step: TrainingStep, fit: Tensor, epoch: int, run: RunFolder | None) -> None:
+    """One epoch on rows `fit`; logs its mean loss and learning rate."""
+    step.module.train()
+    rows, visible = epoch_rows(step.table, fit, step.settings, epoch)
+    loss = train_epoch(step, rows, visible).item()
+    if run:
+        lr = float(step.optimizer.param_groups[0]["lr"])
+        run.log(epoch, epoch=epoch, **{"train/loss": loss, "lr": lr})
+
+
+def learning_rates_until_best(metrics: list[dict[str, float]], best_epoch: int) -> list[float]:
+    """The learning rate of each epoch of a run up to its best one, from what `fit_epoch` logged."""
+    # a run that was interrupted before its first checkpoint has logged its first epochs twice: the second time counts
+    rates = {line["epoch"]: line["lr"] for line in metrics if "lr" in line}
+    return [rates[epoch] for epoch in range(1, best_epoch + 1)]
+
+
+def progress_bar(settings: TrainingSettings, *, total: int, done: int, shown: bool) -> tqdm:
+    """Counts epochs."""
+    return tqdm(
+        total=total, initial=done, desc=settings.run, unit=" epochs", mininterval=0.5, disable=not shown
+    )
 
 
 def _state(epoch: int, best: BestWeights, step: TrainingStep, scheduler: ReduceLROnPlateau) -> dict[str, Any]:

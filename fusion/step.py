@@ -47,6 +47,9 @@ class TrainingStep:
         self.device = table.valid.device
         self.log_price = table.log_price.to(self.device)
         self.parameters = list(model.parameters())
+        self.module = model
+        if settings.compile:
+            torch.compiler.reset()  # after eight compiled models, a ninth would silently run uncompiled
         self.model = torch.compile(model, dynamic=False) if settings.compile else model
         on_cuda = self.device.type == "cuda"
         self.use_bf16 = settings.precision == "bf16" or (settings.precision == "auto" and on_cuda)
@@ -84,6 +87,14 @@ class TrainingStep:
         clip_gradients(self.parameters, self.settings.max_grad_norm)
         self.optimizer.step()
         return loss.detach()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Take the next steps with this learning rate, a recorded step included."""
+        group = self.optimizer.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
     def load_optimizer(self, state: dict) -> None:
         """Continue with the optimizer of a checkpoint, which comes back on the CPU."""

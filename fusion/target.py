@@ -47,6 +47,12 @@ class Target:
             predicted = torch.log1p((predicted * self.mean_price).clamp(min=0))
         return predicted.clamp(min=MIN_LOG_PRICE)
 
+    def output_of(self, log_price: Tensor) -> FusionOutput:
+        """The output that stands for log1p(price) (B,): what `log_price` turns back into it."""
+        if self.settings.target == "price":
+            return FusionOutput(log_price.expm1() / self.mean_price)
+        return FusionOutput(log_price)
+
     def loss(self, output: FusionOutput, log_price: Tensor) -> Tensor:
         """The training loss, a scalar, of the output for rows of true log1p(price) `log_price` (B,)."""
         if self.settings.target == "price":

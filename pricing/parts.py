@@ -67,42 +67,24 @@ class WordPricer:
 
 
 class FusionPricer:
-    """A model of `fusion.all_embeddings`; of an out-of-fold run the one that was fitted on all rows."""
+    """A model of one of the fusion packages; where a run has a model of all rows, that one."""
 
-    def __init__(self, folder: Path, device: str):
-        from fusion.all_embeddings.config import PACKAGE
+    def __init__(self, folder: Path, stage: str, device: str):
+        from importlib import import_module
+
         from fusion.config import EvaluateSettings
-        from fusion.experiment import load_trained
+        from fusion.finished import load_for_new_rows
 
-        checkpoints = folder.parent
-        run = f"{folder.name}/all" if (folder / "all").is_dir() else folder.name
-        applied = EvaluateSettings(workspace=checkpoints.parent, run=run, device=device)
-        self.trained = load_trained(PACKAGE, applied)
-        self.embeddings = tuple(self.trained.settings.use or PACKAGE.modalities)
+        package = import_module(f"{stage}.config").PACKAGE
+        applied = EvaluateSettings(workspace=folder.parents[1], run=folder.name, device=device)
+        self.trained = load_for_new_rows(package, applied)
         self.encoders = self.trained.inputs["encoders"]
+        self.embeddings = tuple(self.encoders)
 
     def ln_price(self, rows: pd.DataFrame, embeddings: dict[str, Embeddings]) -> np.ndarray:
-        import torch
-
-        from fusion.dataset import FusionTable
-        from fusion.loop import predict
-
-        widths = self.trained.inputs["widths"]
-        matrices = {}
-        valid = []
-        for name, width in widths.items():
-            if name in self.embeddings:
-                content = embeddings[name]
-                present = torch.from_numpy(content.valid.copy())
-                matrix = torch.from_numpy(content.embeddings.astype(np.float32))
-                matrices[name] = matrix.masked_fill(~present[:, None], 0)
-            else:
-                present = torch.zeros(len(rows), dtype=torch.bool)
-                matrices[name] = torch.zeros(len(rows), width)
-            valid.append(present)
-        table = FusionTable.of(rows, matrices, torch.stack(valid, dim=1)).to(self.trained.device)
-        log_price = predict(self.trained.model, table, torch.arange(len(rows)), self.trained.target)
-        return np.log(np.maximum(np.expm1(log_price.double().numpy()), SMALLEST_PRICE))
+        own = {name: embeddings[name] for name in self.embeddings}
+        log_price = self.trained.log_price(self.trained.table_of(rows, own))
+        return np.log(np.maximum(np.expm1(log_price), SMALLEST_PRICE))
 
 
 class TextPricer:
@@ -131,8 +113,8 @@ def open_member(root: Path, member: Member, device: str) -> Pricer:
         )
     if member.stage.startswith("word_models"):
         return WordPricer(folder)
-    if member.stage == "fusion.all_embeddings":
-        return FusionPricer(folder, device)
+    if member.stage in ("fusion.all_embeddings", "fusion.qwen_clip"):
+        return FusionPricer(folder, member.stage, device)
     if member.stage == "qwen3_finetune":
         return TextPricer(folder, device)
     raise InputError(

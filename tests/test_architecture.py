@@ -16,11 +16,17 @@ MAY_IMPORT = {
     **{stage: {"contracts", "training"} for stage in STAGES},
     "pricing": {"contracts", "training", *STAGES},
     "pipeline": {"contracts", "training", "pricing", *STAGES},
-    "studies": {"contracts", "training", "pricing", "pipeline", *STAGES},
+    "serving": {"contracts", "training", "pricing", *STAGES},
+    "studies": {"contracts", "training", "pricing", "pipeline", "serving", "text_tabular", *STAGES},
 }
+# what every service stands on; the service of a stage imports these, so they import no stage
+SERVING_BASE = ("app", "batching", "config", "deadlines", "headers", "limits", "matches", "metrics", "schemas")
+# the designs that join a text and a table have one implementation, and fusion has it
+MAY_IMPORT["text_tabular"] = {"contracts", "training", "fusion"}
+MAY_IMPORT["product_matching"] = MAY_IMPORT["product_matching"] | {"serving"}
 FUSION_ORDER = (
-    "blocks", "config", "int8", "loss_functions", "dataset", "evaluation", "processes", "target", "step", "loop",
-    "experiment", "explanation", "commands",
+    "blocks", "config", "loss_functions", "tabular", "target", "seeds", "dataset", "processes", "step", "loop",
+    "evaluation", "int8", "finished", "explanation", "fitting", "experiment", "commands",
 )  # fmt: skip
 BANNED_NAMES = {"utils", "common", "helpers", "misc"}
 SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
@@ -52,6 +58,20 @@ def test_fusion_modules_import_downwards():
         for name in imports(ROOT / "fusion" / f"{module}.py"):
             if name.startswith("fusion."):
                 assert name.split(".")[1] in FUSION_ORDER[:rank], f"fusion.{module} imports {name}"
+
+
+def test_the_base_of_the_services_imports_no_stage():
+    for module in SERVING_BASE:
+        for name in imports(ROOT / "serving" / f"{module}.py"):
+            top, *below = name.split(".")
+            assert top not in (*STAGES, "pricing"), f"serving.{module} imports {name}"
+            assert top != "serving" or below[0] in SERVING_BASE, f"serving.{module} imports {name}"
+
+
+def test_the_matching_service_stands_on_the_base_only():
+    for path in (ROOT / "product_matching").glob("*.py"):
+        for name in imports(path):
+            assert not name.startswith("serving.") or name.split(".")[1] in SERVING_BASE, f"{path.name} imports {name}"
 
 
 def test_contracts_import_torch_only_inside_functions():

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from contracts.errors import InputError
 from contracts.workspace import EMBEDDINGS
-from fusion.config import TINY_TRAINING, Package, TrainingSettings
+from fusion.config import QUICK_TRAINING, TINY_TRAINING, Package, TrainingSettings
 
 MODALITIES = EMBEDDINGS
 """The embeddings that the model reads, in the order of the columns of its mask."""
 
-Variant = Literal["hierarchical", "concat", "flat", "tokens"]
+Variant = Literal["hierarchical", "concat", "flat", "tokens", "branch_mixture", "branch_weights"]
 """Names of the model's forms; fusion/all_embeddings/model.py has a class for each."""
 
 
@@ -22,9 +22,13 @@ class ModelConfig:
 
     variant: Variant = "hierarchical"
     """hierarchical: three cross-attentions; concat: attention over concatenations; tokens: hierarchical with
-    several tokens per embedding; flat: one MLP on the concatenated embeddings."""
+    several tokens per embedding; flat: one MLP on the concatenated embeddings; branch_mixture: a sum of the
+    branches that a gate weighs for each product; branch_weights: the same with one learned weight per embedding."""
     width: int = 512
     """Fused width D. The layers of the experts follow from it: 2D, D, D/2."""
+    branch_widths: tuple[str, ...] = ()
+    """Widths of single branches, such as clip_image=256. The other branches have the width that the variant needs;
+    where embeddings must be equally wide, one Linear brings such a branch to that width."""
     heads: int = 8
     """Attention heads H; must divide the width."""
     experts: int = 3
@@ -54,8 +58,30 @@ class ModelConfig:
         tokens = self.tokens_per_embedding
         if self.variant == "tokens" and (tokens < 1 or self.width % tokens):
             raise InputError(f"tokens_per_embedding={tokens} does not divide width={self.width}")
-        if self.variant == "flat" and (self.structural_branch or self.branch_depth != 1):
-            raise InputError("variant flat has no branches: leave structural_branch and branch_depth alone")
+        names_a_branch = self.structural_branch or self.branch_depth != 1 or self.branch_widths
+        if self.variant == "flat" and names_a_branch:
+            raise InputError(
+                "variant flat has no branches: leave structural_branch, branch_depth and branch_widths alone"
+            )
+        self.width_of_branch()
+
+    def width_of_branch(self) -> dict[str, int]:
+        """Embedding to width, for the embeddings that `branch_widths` names.
+
+        Raises InputError for an entry that is not an embedding, an equals sign and a width above 0.
+        """
+        widths: dict[str, int] = {}
+        for entry in self.branch_widths:
+            name, _, width = entry.partition("=")
+            if name not in MODALITIES or not width.isdecimal() or int(width) == 0:
+                raise InputError(
+                    f"branch_widths {entry}: write an embedding and a width, such as {MODALITIES[0]}=256; "
+                    f"the embeddings are {', '.join(MODALITIES)}"
+                )
+            if name in widths:
+                raise InputError(f"branch_widths {entry}: {name} already has the width {widths[name]}")
+            widths[name] = int(width)
+        return widths
 
 
 @dataclass
@@ -68,8 +94,9 @@ class AllEmbeddingsSettings(ModelConfig, TrainingSettings):
         ModelConfig.__post_init__(self)
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "base": {},
+    "quick": QUICK_TRAINING,
     "tiny": {"width": 64, "heads": 4, **TINY_TRAINING},
 }
 
@@ -79,4 +106,5 @@ PACKAGE = Package(
     presets=PRESETS,
     modalities=MODALITIES,
     model="fusion.all_embeddings.model:AllEmbeddings",
+    reads_features=True,
 )

@@ -36,8 +36,8 @@ class ExplainSettings(EvaluateSettings):
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
     settings = parse_settings(ExplainSettings, argv, description=__doc__.split("\n")[0])
-    from fusion.experiment import load_trained
     from fusion.explanation import explain
+    from fusion.finished import load_trained
 
     return explain(
         load_trained(PACKAGE, settings),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from contracts.errors import InputError
 from contracts.workspace import CLIP_IMAGE, QWEN_TEXT
-from fusion.config import TINY_TRAINING, Package, TrainingSettings
+from fusion.config import QUICK_TRAINING, TINY_TRAINING, Package, TrainingSettings
 
 MODALITIES = (CLIP_IMAGE, QWEN_TEXT)
 """The embeddings of the pair, in the order of the columns of the model's mask."""
@@ -48,8 +48,9 @@ class QwenClipSettings(ModelConfig, TrainingSettings):
         ModelConfig.__post_init__(self)
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "base": {},
+    "quick": QUICK_TRAINING,
     "tiny": {"hidden": 64, "heads": 4, **TINY_TRAINING},
 }
 

@@ -1,8 +1,8 @@
 """Two-embedding design `gate`: each channel chooses between text and other.
 
-At D = 100 and 3 classes the projections and the gate have 40,500 parameters, the classifier 303.
+At H = F = 100 and 3 classes the projections and the gate have 40,500 parameters, the classifier 303.
 
-Legend: B batch, D width of either embedding and of the fusion, C classes.
+Legend: B batch, H width of either embedding, F width of the fusion, C classes.
 """
 
 from __future__ import annotations
@@ -20,27 +20,40 @@ class GateFusion(nn.Module):
     A missing embedding gets no share: the gate goes to the other one.
 
     Args:
-        hidden: width D of either embedding.
+        hidden: width H of either embedding.
         num_classes: C; 1 is regression on log1p(price).
+        fused: width F that both are projected to; None means H.
     """
 
-    def __init__(self, *, hidden: int, num_classes: int = 1):
+    def __init__(self, *, hidden: int, num_classes: int = 1, fused: int | None = None):
         super().__init__()
-        self.project_u = nn.Linear(hidden, hidden)
-        self.project_v = nn.Linear(hidden, hidden)
-        self.gate = nn.Linear(2 * hidden, hidden)
-        self.gate_norm = nn.LayerNorm(hidden)
-        self.classifier = OutputLinear(hidden, num_classes)
+        fused = fused or hidden
+        self.project_u = nn.Linear(hidden, fused)
+        self.project_v = nn.Linear(hidden, fused)
+        self.gate = nn.Linear(2 * fused, fused)
+        self.gate_norm = nn.LayerNorm(fused)
+        self.classifier = OutputLinear(fused, num_classes)
+
+    def weigh(self, u: Tensor, v: Tensor, u_valid: Tensor | None, v_valid: Tensor | None) -> Tensor:
+        """The share (B, F) of u in each channel; u and v (B, F) are projected, and zero where missing."""
+        g = torch.sigmoid(self.gate_norm(self.gate(torch.cat([u, v], dim=1))))  # (B, F)
+        if v_valid is not None:
+            g = torch.where(v_valid.unsqueeze(1), g, 1.0)
+        return zero_missing(g, u_valid)
+
+    def project(
+        self, u: Tensor, v: Tensor, u_valid: Tensor | None, v_valid: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, H) each to (B, F) each, zero where missing."""
+        u = zero_missing(self.project_u(zero_missing(u, u_valid)), u_valid)
+        v = zero_missing(self.project_v(zero_missing(v, v_valid)), v_valid)
+        return u, v
 
     def forward(
         self, u: Tensor, v: Tensor, u_valid: Tensor | None = None, v_valid: Tensor | None = None
     ) -> Tensor:
-        """u (text) and v (other) (B, D), masks (B,) bool or None → logits (B, C), or (B,) where C = 1."""
-        u = zero_missing(self.project_u(zero_missing(u, u_valid)), u_valid)
-        v = zero_missing(self.project_v(zero_missing(v, v_valid)), v_valid)
-        g = torch.sigmoid(self.gate_norm(self.gate(torch.cat([u, v], dim=1))))  # (B, D)
-        if v_valid is not None:
-            g = torch.where(v_valid.unsqueeze(1), g, 1.0)
-        g = zero_missing(g, u_valid)
-        fused = g * u + (1 - g) * v  # (B, D)
+        """u (text) and v (other) (B, H), masks (B,) bool or None → logits (B, C), or (B,) where C = 1."""
+        u, v = self.project(u, v, u_valid, v_valid)
+        g = self.weigh(u, v, u_valid, v_valid)
+        fused = g * u + (1 - g) * v  # (B, F)
         return self.classifier(F.relu(fused)).squeeze(1)  # squeeze leaves C > 1 alone

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from contracts.errors import InputError
-from contracts.predictions import write_submission
+from contracts.predictions import write_in_input_order
 from contracts.tables import table_writer
 from contracts.workspace import Workspace
 from data import prepare
@@ -68,7 +68,7 @@ def test_every_line_of_the_input_keeps_its_place(tmp_path):
     assert workspace.input_ids("test").tolist() == lines
 
     prices = workspace.prepared("test")[["sample_id"]].assign(price=[1.0, 2.0, 3.0, 4.0, 5.0])
-    write_submission(workspace, "test", prices, tmp_path / "out.csv")
+    write_in_input_order(workspace, "test", prices, tmp_path / "out.csv")
     written = pd.read_csv(tmp_path / "out.csv", dtype={"sample_id": str})
     assert written["sample_id"].tolist() == lines
     assert written["price"].tolist() == [1, 2, 3, 4, 5, 2, 2, 1]
@@ -83,7 +83,7 @@ def test_a_submission_has_a_price_for_every_line(tmp_path):
     prices = workspace.prepared("test")[["sample_id"]].assign(price=[1.0, float("inf"), 0.0, 4.0, 5.0])
     for given in (prices, prices.iloc[:1]):
         with pytest.raises(InputError, match="no price above 0 for sample_id 001, 002"):
-            write_submission(workspace, "test", given, tmp_path / "out.csv")
+            write_in_input_order(workspace, "test", given, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
 
 

@@ -47,6 +47,17 @@ def test_parameter_counts_of_the_specification(short_path):
 def test_parameter_counts_of_the_other_variants():
     assert parameters_at_full_size(variant="tokens") == 14_520_842
     assert parameters_at_full_size(variant="flat") == 4_727_297
+    assert parameters_at_full_size(variant="branch_mixture") == 5_594_126
+    assert parameters_at_full_size(variant="branch_weights") == 5_585_934
+
+
+def test_branches_of_their_own_width_change_the_count_by_their_layers():
+    narrow = parameters_at_full_size(branch_widths=("clip_image=256", "siglip_image=256"))
+    fewer_outputs = 256 * (768 + 1152 + 2 * 3)  # Linear with bias, and LayerNorm
+    brought_to_512 = 2 * 256 * 512
+    fewer_expert_inputs = 256 * 3 * (1024 + 1)  # clip joins them at its own width: first layers and gate
+    assert narrow == 13_464_074 - fewer_outputs + brought_to_512 - fewer_expert_inputs
+    assert parameters_at_full_size(branch_widths=("clip_image=512",)) == 13_464_074
 
 
 def test_the_query_and_key_projections_are_dead():
@@ -216,6 +227,68 @@ def test_the_model_compiles_without_a_graph_break(variant):
     torch.testing.assert_close(compiled(embeddings, valid), model(embeddings, valid))
 
 
+def branches_of(model, embeddings, valid):
+    """(B, D) of each embedding, zero where it is missing."""
+    branches = model.fusion.branches
+    return [branches[name](embeddings[name]) * valid[:, [i]] for i, name in enumerate(MODALITIES)]
+
+
+def test_branch_mixture_is_its_definition():
+    """The gate sees all branches and weighs those that are there."""
+    model, (embeddings, _) = small_model("branch_mixture"), batch(16)
+    valid = random_valid(16)
+    assert valid.any(dim=1).all() and not valid.all()
+    x = branches_of(model, embeddings, valid)
+    weights = model.fusion.gate(torch.cat(x, dim=1)).exp() * valid
+    shares = weights / weights.sum(dim=1, keepdim=True)
+    fused = sum(shares[:, [i]] * x[i] for i in range(4))
+    torch.testing.assert_close(model(embeddings, valid).log_price, model.head(fused)[0][:, 0])
+
+
+def test_branch_weights_are_one_number_per_embedding():
+    model, (embeddings, _) = small_model("branch_weights"), batch(16)
+    valid = random_valid(16)
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    model.fusion.weights.data.copy_(logits)
+    x = branches_of(model, embeddings, valid)
+    weights = logits.exp() * valid
+    shares = weights / weights.sum(dim=1, keepdim=True)
+    fused = sum(shares[:, [i]] * x[i] for i in range(4))
+    torch.testing.assert_close(model(embeddings, valid).log_price, model.head(fused)[0][:, 0])
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "flat"])
+def test_a_branch_of_its_own_width_joins_every_variant(variant):
+    """It learns, it respects the mask, and the other branches keep their width."""
+    widths = ("clip_image=6", "qwen_text=24")
+    model = small_model(variant, branch_widths=widths, structural_branch=True)
+    branches = model.fusion.branches
+    usual = 8 if variant == "concat" else 16
+    assert {name: branch.layers[0][0].out_features for name, branch in branches.items()} == {
+        "clip_image": 6, "siglip_image": usual, "siglip_text": usual, "qwen_text": 24, "structural": usual,
+    }  # fmt: skip
+    embeddings, valid = batch()
+    valid[:4, MODALITIES.index("clip_image")] = False
+    output = model(embeddings, valid).log_price
+    embeddings["clip_image"][:4] = float("nan")
+    torch.testing.assert_close(model(embeddings, valid).log_price, output)
+    output.square().sum().backward()
+    for name, projection in model.fusion.equal_widths.items():
+        assert (projection.weight.grad.abs().sum(dim=1) > 0).all(), name
+
+
+def test_a_branch_of_the_usual_width_needs_no_projection():
+    plain = small_model("hierarchical")
+    named = small_model("hierarchical", branch_widths=("clip_image=16",))
+    assert list(named.state_dict()) == list(plain.state_dict())
+    assert not list(plain.fusion.equal_widths.parameters())
+
+
+def test_clip_joins_the_experts_at_its_own_width():
+    model = small_model("hierarchical", branch_widths=("clip_image=6",))
+    assert model.head.gate.in_features == 3 * 16 + 6
+
+
 def test_the_structural_branch_takes_the_last_three_columns():
     model = small_model("hierarchical", structural_branch=True)
     branches = model.fusion.branches
@@ -244,6 +317,12 @@ def test_two_layer_branches_and_token_numbers_run():
     ("settings", "message"),
     [
         ({"variant": "deep"}, "variant 'deep' is not one of hierarchical, concat, flat, tokens"),
+        ({"branch_widths": ("clip_image",)}, "branch_widths clip_image: write .* clip_image=256"),
+        ({"branch_widths": ("clip_image=0",)}, "clip_image=0: write"),
+        ({"branch_widths": ("clip_image=-8",)}, "clip_image=-8: write"),
+        ({"branch_widths": ("clip=256",)}, "clip=256: .* embeddings are clip_image, "),
+        ({"branch_widths": ("clip_image=8", "clip_image=9")}, "clip_image already has the width 8"),
+        ({"variant": "flat", "branch_widths": ("clip_image=8",)}, "flat has no branches"),
         ({"width": 33}, "width=33 must be even"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"variant": "tokens", "tokens_per_embedding": 3}, "tokens_per_embedding=3 .* width=512"),
@@ -266,4 +345,5 @@ def test_widths_must_name_the_four_embeddings():
 
 
 def test_every_setting_is_a_plain_value():
-    assert all(isinstance(v, int | float | str | bool) for v in dataclasses.asdict(ModelConfig()).values())
+    plain = int | float | str | bool | tuple  # the command line and settings.json know these
+    assert all(isinstance(value, plain) for value in dataclasses.asdict(ModelConfig()).values())

@@ -111,6 +111,22 @@ def test_permutation_of_an_ignored_modality_changes_nothing():
     assert "amounts in qwen_text" in importance.index
 
 
+def test_the_columns_of_the_table_are_dealt_out_too():
+    class OfColumns(torch.nn.Module):
+        def forward(self, embeddings, valid):
+            return FusionOutput(2 + embeddings["tabular"][:, 0])
+
+    table = make_table(rows=200)
+    columns = torch.rand(200, 3, generator=torch.Generator().manual_seed(3))
+    valid = torch.cat([table.valid, torch.ones(200, 1, dtype=torch.bool)], dim=1)
+    table = FusionTable.of(table.rows, table.embeddings | {"tabular": columns}, valid, table.meta)
+    trained = trained_model(OfColumns())
+    table.rows["price"] = np.exp(ln_price(trained, table))
+    importance = permutation_importance(trained, table, repeats=2, seed=0)
+    assert importance.loc[0, "group"] == "tabular" and importance.loc[0, "smape_increase"] > 5
+    assert (importance.loc[1:, "smape_increase"] == 0).all()
+
+
 def test_what_the_price_depends_on_is_important():
     table = make_table(rows=200, missing=0.1)
     trained = trained_model(Additive())

@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from contracts.errors import InputError
+from fusion.qwen_clip.chunks import average_chunks
 from fusion.qwen_clip.concat import ConcatFusion
 from fusion.qwen_clip.config import MODALITIES, Design, ModelConfig
 from fusion.qwen_clip.cross_attention import CrossAttentionFusion
 from fusion.qwen_clip.gate import GateFusion
 from fusion.qwen_clip.model import QwenClip
 from fusion.qwen_clip.moe import MoEFusion
-from fusion.qwen_clip.tabular import TabularBranch, average_chunks
+from fusion.tabular import TabularBranch
 
 DESIGNS = get_args(Design)
 FUSIONS = [ConcatFusion, GateFusion, MoEFusion, CrossAttentionFusion]

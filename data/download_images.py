@@ -9,8 +9,9 @@ say. The status of a row is one of
     present       was in the folder and is a whole picture
     no_link       the row has no link
     bad_link      the link is not http or https, or not a link
+    not_public    the host is none of the public internet; --allow-private fetches from one's own network
     http_404      the server's answer; likewise for other codes
-    timeout       the server was silent, or the picture took too long
+    timeout       the server was silent, or headers and picture took too long
     unreachable   no connection
     truncated     the server sent less than it had announced
     too_large     more than --max-bytes
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import pandas as pd
@@ -43,6 +44,7 @@ from tqdm import tqdm
 from contracts.errors import EXIT_INTERRUPTED, InputError, run_entry_point
 from contracts.files import atomic_write
 from contracts.workspace import REPOSITORY, Workspace
+from data.public_addresses import Limit, NotPublic, PublicOpener
 from training.pictures import UnreadablePicture, open_picture
 from training.settings import parse_settings
 
@@ -85,6 +87,9 @@ class DownloadSettings:
     """Seconds for all pictures; those left then are for the next run."""
     max_bytes: int = 20_000_000
     """Size of the largest picture that is accepted."""
+    allow_private: bool = False
+    """Fetch from private, loopback and link-local addresses, too, or through the proxy that the environment names.
+    A link from outside can then reach services that only your own network should reach."""
 
     def __post_init__(self) -> None:
         smallest = {"workers": 1, "retries": 0, "timeout": SHORTEST_TIMEOUT, "deadline": 0, "max_bytes": 1}
@@ -111,20 +116,13 @@ class DownloadError(Exception):
         self.wait = wait
 
 
-class _NoFTP(urllib.request.FTPHandler):
-    """urllib would follow a redirect to ftp:; file: and the rest it refuses by itself."""
-
-    def ftp_open(self, request):
-        raise urllib.error.URLError("redirected to ftp")
-
-
 class Downloader:
     """Fetches pictures into `folder` until `settings.deadline` seconds from now, or until `stop` is set."""
 
     def __init__(self, folder: Path, settings: DownloadSettings):
         self.folder = folder
         self.settings = settings
-        self.opener = urllib.request.build_opener(_NoFTP)
+        self.opener = PublicOpener(allow_private=settings.allow_private)
         self.stop = threading.Event()
         self.ends = time.monotonic() + settings.deadline
 
@@ -166,8 +164,13 @@ class Downloader:
             if urlsplit(link).scheme not in ("http", "https"):
                 raise DownloadError("bad_link", "not http or https")
             request = urllib.request.Request(quote(link, safe=LINK_CHARACTERS), headers=HEADERS)
-            with self.opener.open(request, timeout=silence) as response, part.open("wb") as file:
-                size = self._stream(response, file)
+            with self.opener.limit(self._seconds_left()) as limit:
+                try:
+                    with self.opener.open(request, timeout=silence) as response, part.open("wb") as file:
+                        size = self._stream(response, file, limit)
+                except (*NETWORK_ERRORS, ValueError):
+                    self._require_time(limit)  # an answer that was cut off fails in many ways
+                    raise
             if damage := _damage(part):
                 raise DownloadError("not_an_image", damage)
             os.replace(part, path)
@@ -183,6 +186,8 @@ class Downloader:
             raise DownloadError("bad_link", str(error)) from None
         except NETWORK_ERRORS as error:
             reason = getattr(error, "reason", error)  # a URLError wraps the real error
+            if isinstance(reason, NotPublic):
+                raise DownloadError("not_public", str(reason)) from None
             if late := self._out_of_time():
                 raise DownloadError(*late) from None
             if isinstance(reason, TimeoutError):
@@ -191,11 +196,22 @@ class Downloader:
         finally:
             part.unlink(missing_ok=True)
 
-    def _stream(self, response: http.client.HTTPResponse, file) -> int:
+    def _seconds_left(self) -> float:
+        """For one attempt, from connecting to the last byte."""
+        left = min(TIMEOUTS_PER_PICTURE * self.settings.timeout, self.ends - time.monotonic())
+        return max(left, SHORTEST_TIMEOUT)
+
+    def _require_time(self, limit: Limit) -> None:
+        """Raises DownloadError where an attempt has had all its time."""
+        if late := self._out_of_time():
+            raise DownloadError(*late)
+        if limit.over:
+            seconds = TIMEOUTS_PER_PICTURE * self.settings.timeout
+            raise DownloadError("timeout", f"not complete after {seconds:g} s", retry=True)
+
+    def _stream(self, response: http.client.HTTPResponse, file: IO[bytes], limit: Limit) -> int:
         """Copy the body of an answer to `file`; returns its size in bytes."""
         largest = self.settings.max_bytes
-        seconds = TIMEOUTS_PER_PICTURE * self.settings.timeout
-        ends = time.monotonic() + seconds
         announced = response.headers.get("Content-Length", "")
         expected = int(announced) if announced.isdecimal() else 0
         if expected > largest:
@@ -206,11 +222,9 @@ class Downloader:
             size += len(block)
             if size > largest:
                 raise DownloadError("too_large", f"more than --max-bytes {largest}")
-            if late := self._out_of_time():
-                raise DownloadError(*late)
-            if time.monotonic() > ends:
-                raise DownloadError("timeout", f"not complete after {seconds:g} s", retry=True)
+            self._require_time(limit)
             file.write(block)
+        self._require_time(limit)  # the end of the answer may be that of the connection
         if size < expected:
             raise DownloadError("truncated", f"{size} of {expected} bytes", retry=True)
         return size

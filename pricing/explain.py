@@ -6,7 +6,9 @@ print(model.explain({"sample_id": "1", "catalog_content": "Organic green tea, 20
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +16,11 @@ import numpy as np
 import pandas as pd
 
 from contracts.catalog import FEATURE, read_table
-from contracts.embeddings import align, read_embeddings
+from contracts.embeddings import Embeddings, align, read_embeddings
 from contracts.workspace import Workspace
-from pricing.products import Products, one_product
+from data.quantity import parse_quantity
+from pricing.parts import WordPricer
+from pricing.products import Products
 
 if TYPE_CHECKING:
     from pricing.model import Priced, PriceModel
@@ -26,6 +30,8 @@ WORD = re.compile(r"\w+(?:[.'’-]\w+)*")
 MOST_WORDS = 40
 """Words of a name that are tried, from its start. Each costs a price."""
 LISTED_EFFECTS = 12
+COMPARED_PRODUCTS = 500
+"""Known products of which the similarity to the others is found, to know what is ordinary."""
 AMOUNT_COLUMNS = (
     "amount", "unit", "unit_kind", "pack_count", "item_size", "total_amount", "quantity_value", "unit_volume",
     "unit_weight",
@@ -46,7 +52,8 @@ class Explanation:
     compared_by: str
     """what the similarity compares"""
     effects: pd.DataFrame
-    """label, kind ("word" or "field"), factor: the price divided by the price without it; largest effect first"""
+    """label, kind ("word", "field" or, where the system reads several embeddings, "modality"), factor: the price
+    divided by the price without it; largest effect first"""
     currency: str
 
     def __str__(self) -> str:
@@ -57,7 +64,7 @@ class Explanation:
         ]
         if len(self.effects):
             listed = self.effects.head(LISTED_EFFECTS).to_string(index=False, float_format="× %.2f")
-            parts.append(f"what a word or field does to the price\n{listed}")
+            parts.append(f"what a word, field or embedding does to the price\n{listed}")
         if len(self.known_products):
             shown = self.known_products.assign(name=self.known_products["name"].str.slice(0, 60))
             listed = shown.to_string(index=False, float_format="%.2f")
@@ -69,61 +76,187 @@ class Explanation:
 
 def explain(model: PriceModel, product: Products, *, images: Path | str | None = None) -> Explanation:
     """Explain the price of one product."""
-    priced = model.price(product, images=images)
-    members = pd.DataFrame(
-        {
-            "member": [member.name for member in model.ensemble.members],
-            "weight": model.ensemble.weights,
-            "price": np.exp(priced.ln_by_member[0]),
-        }
-    )
-    known = model.known_products
-    return Explanation(
-        price=priced.prices.iloc[0],
-        members=members,
-        known_products=known.nearest(priced) if known else pd.DataFrame(columns=KnownProducts.COLUMNS),
-        compared_by=known.compared_by if known else "nothing",
-        effects=effects(model, priced, images=images),
-        currency=model.mapping.currency,
-    )
+    return explain_each(model, product, images=images)[0]
 
 
-def effects(model: PriceModel, priced: Priced, *, images: Path | str | None = None) -> pd.DataFrame:
-    """What each word of the name and each field does to the price, by pricing the product without it.
+def explain_each(
+    model: PriceModel,
+    products: Products,
+    *,
+    images: Path | str | None = None,
+    most_words: int = MOST_WORDS,
+    encode_again: bool = True,
+    with_effects: Sequence[bool] | None = None,
+) -> list[Explanation]:
+    """Price N products and explain their prices.
 
-    This erasure (Li et al. 2016, "Understanding neural networks through representation erasure") asks the whole system,
-    encoders included. The factors of several words do not multiply to that of all of them.
+    What a word or field does to a price is found by pricing the product without it. This erasure (Li et al. 2016,
+    "Understanding neural networks through representation erasure") asks the whole system, encoders included. The
+    factors of several words do not multiply to that of all of them. Each member prices the products and all their
+    erased forms in one call.
 
-    Returns:
-        label, kind and factor, see `Explanation`.
+    Args:
+        most_words: words per name that are erased, from its start.
+        encode_again: False keeps the embedding of the whole text for its erased forms, which saves most of the time.
+            The factors are then what members make of the words and fields that they read themselves. Systems without a
+            member that reads words are always encoded again.
+        with_effects: (N,) which products are explained by erasure; by default all.
     """
-    row = priced.products.rows.iloc[0]
-    blank = one_product("", model.mapping).rows.iloc[0]
-    without: dict[tuple[str, str], pd.Series] = {}
-    for word in dict.fromkeys(WORD.findall(row["entity_name"])):
-        if len(without) < MOST_WORDS:
-            without[word, "word"] = _without_word(row, word)
+    embeddings = model.encode(products, images=images)
+    erased: list[_Erased] = []
+    for product in range(len(products)):
+        if with_effects is None or with_effects[product]:
+            erased += _erasures(model, products, embeddings, product, most_words)
+    if erased:
+        forms = _forms(products, erased)
+        if encode_again or not any(isinstance(member, WordPricer) for member in model.members):
+            of_forms = model.encode(forms, images=images)
+        else:
+            of_forms = _kept_embeddings(embeddings, erased, forms)
+        _mask(model, of_forms, erased)
+        everything = Products(
+            np.concatenate([products.ids, forms.ids]),
+            pd.concat([products.rows, forms.rows], ignore_index=True),
+        )
+        priced = model.price_encoded(everything, _concatenated(embeddings, of_forms))
+    else:
+        priced = model.price_encoded(products, embeddings)
+
+    prices = priced.prices["price"].to_numpy()
+    of_product = np.array([item.product for item in erased], int)
+    factors = prices[of_product] / prices[len(products) :]
+    known = model.known_products
+    explanations = []
+    for row in range(len(products)):
+        members = pd.DataFrame(
+            {
+                "member": [member.name for member in model.ensemble.members],
+                "weight": model.ensemble.weights,
+                "price": np.exp(priced.ln_by_member[row]),
+            }
+        )
+        own = np.flatnonzero(of_product == row)
+        explanations.append(
+            Explanation(
+                price=priced.prices.iloc[row],
+                members=members,
+                known_products=known.nearest(priced, row)
+                if known
+                else pd.DataFrame(columns=KnownProducts.COLUMNS),
+                compared_by=known.compared_by if known else "nothing",
+                effects=_as_effects([erased[number] for number in own], factors[own]),
+                currency=model.mapping.currency,
+            )
+        )
+    return explanations
+
+
+@dataclass
+class _Erased:
+    """A product without one word, field or modality."""
+
+    product: int
+    """row of the product"""
+    label: str
+    kind: str
+    row: pd.Series
+
+
+def _erasures(
+    model: PriceModel, products: Products, embeddings: dict[str, Embeddings], product: int, most_words: int
+) -> list[_Erased]:
+    """The product without each of its first words, and without each of its fields."""
+    row = products.rows.iloc[product]
+    words = list(dict.fromkeys(WORD.findall(row["entity_name"])))[:most_words]
+    erased = [_Erased(product, word, "word", _without_word(row, word)) for word in words]
     fields: dict[str, tuple[str, ...]] = {}
     if pd.notna(row["total_amount"]):
         fields["amount"] = AMOUNT_COLUMNS
-    if model.reads_pictures and "picture" not in priced.prices["missing"].iloc[0]:
+    has_picture = [
+        embedding.valid[product]
+        for name, embedding in embeddings.items()
+        if model.encoders[name].reads_pictures
+    ]
+    if any(has_picture):
         fields["picture"] = ("image",)
     for name in model.mapping.features:
         fields[name] = (FEATURE + name,)
     for name, columns in fields.items():
         changed = row.copy()
-        changed[list(columns)] = blank[list(columns)]
-        without[name, "field"] = changed
+        for column in columns:
+            is_number = pd.api.types.is_numeric_dtype(products.rows[column])
+            changed[column] = _blank(column, is_number=is_number)
+        erased.append(_Erased(product, name, "field", changed))
+    if len(embeddings) > 1:
+        for name, embedding in embeddings.items():
+            if embedding.valid[product]:
+                erased.append(_Erased(product, name, "modality", row))
+    return erased
 
-    if not without:
-        return pd.DataFrame(columns=["label", "kind", "factor"])
-    rows = pd.DataFrame(list(without.values())).astype(priced.products.rows.dtypes).reset_index(drop=True)
-    rows["sample_id"] = rows.index.astype(str)
-    prices = model.price(Products(rows["sample_id"].to_numpy(), rows), images=images).prices["price"]
-    found = pd.DataFrame(list(without), columns=["label", "kind"])
-    found["factor"] = priced.prices["price"].iloc[0] / prices.to_numpy()
-    by_size = found["factor"].map(np.log).abs().sort_values(ascending=False).index
-    return found.loc[by_size].reset_index(drop=True)
+
+def _blank(column: str, *, is_number: bool) -> float | str:
+    """What stands in a column of a product without this field."""
+    stated = None
+    if column in AMOUNT_COLUMNS:
+        # some columns of an amount are 0 where there is none
+        stated = getattr(parse_quantity(""), column.replace("unit_kind", "kind"))
+    if stated is not None:
+        return stated
+    return np.nan if is_number else ""
+
+
+def _forms(products: Products, erased: list[_Erased]) -> Products:
+    """The erased forms as products, numbered behind the whole ones."""
+    rows = pd.DataFrame([item.row for item in erased]).astype(products.rows.dtypes).reset_index(drop=True)
+    numbers = np.arange(len(products), len(products) + len(rows)).astype(str)
+    rows["sample_id"] = numbers
+    return Products(numbers, rows)
+
+
+def _kept_embeddings(
+    embeddings: dict[str, Embeddings], erased: list[_Erased], forms: Products
+) -> dict[str, Embeddings]:
+    """Those of the whole products."""
+    of_product = [item.product for item in erased]
+    ids = forms.rows["sample_id"].to_numpy()
+    kept = {}
+    for name, whole in embeddings.items():
+        kept[name] = Embeddings(ids, whole.embeddings[of_product], whole.valid[of_product], whole.meta)
+    return kept
+
+
+def _mask(model: PriceModel, embeddings: dict[str, Embeddings], erased: list[_Erased]) -> None:
+    """Take the erased modalities away, and with the picture whatever was seen in it."""
+    for number, item in enumerate(erased):
+        for name, embedding in embeddings.items():
+            is_of_picture = (
+                item.label == "picture" and item.kind == "field" and model.encoders[name].reads_pictures
+            )
+            if is_of_picture or (item.label == name and item.kind == "modality"):
+                embedding.embeddings[number] = 0
+                embedding.valid[number] = False
+
+
+def _concatenated(first: dict[str, Embeddings], second: dict[str, Embeddings]) -> dict[str, Embeddings]:
+    """The rows of both, by name."""
+    both = {}
+    for name, top in first.items():
+        bottom = second[name]
+        both[name] = Embeddings(
+            np.concatenate([top.sample_ids, bottom.sample_ids]),
+            np.concatenate([top.embeddings, bottom.embeddings]),
+            np.concatenate([top.valid, bottom.valid]),
+            top.meta,
+        )
+    return both
+
+
+def _as_effects(erased: list[_Erased], factors: np.ndarray) -> pd.DataFrame:
+    """label, kind and factor, the largest effect first."""
+    found = pd.DataFrame({"label": [item.label for item in erased], "kind": [item.kind for item in erased]})
+    found["factor"] = factors
+    by_size = np.argsort(-np.abs(np.log(factors)), kind="stable")
+    return found.iloc[by_size].reset_index(drop=True)
 
 
 def _without_word(row: pd.Series, word: str) -> pd.Series:
@@ -174,21 +307,35 @@ class KnownProducts:
         self.known = self._unit_length(content) * aligned.valid[:, None]
         self.compared_by = f"the embedding {self.embedding}"
 
+    @cached_property
+    def ordinary_similarity(self) -> float:
+        """Below it, a product resembles none of the known ones much.
+
+        99 of 100 known products reach it with the one that resembles them most; a sample of them is asked. In a
+        catalogue of near copies half of the scale suffices.
+        """
+        chosen = np.random.default_rng(0).permutation(len(self.products))[:COMPARED_PRODUCTS]
+        similarity = self.known[chosen] @ self.known.T  # (n, N)
+        if self.embedding is None:
+            similarity = similarity.toarray()
+        similarity[np.arange(len(chosen)), chosen] = -1  # not with itself
+        return min(float(np.quantile(similarity.max(axis=1), 0.01)), 0.5)
+
     @classmethod
     def open(cls, model: PriceModel) -> KnownProducts | None:
         """None where the system keeps no known products (`pricing.export --no-known-products`)."""
         return cls(model) if model.workspace.path("prepared", split="train").is_file() else None
 
-    def nearest(self, priced: Priced, count: int = NEAREST) -> pd.DataFrame:
-        """The `count` known products that resemble the first priced one most: COLUMNS, most similar first.
+    def nearest(self, priced: Priced, row: int = 0, count: int = NEAREST) -> pd.DataFrame:
+        """The `count` known products that resemble a priced one, by its row, most: COLUMNS, most similar first.
 
         No rows if nothing is known of the product.
         """
         if self.embedding is None:
-            asked = self.words.transform(priced.products.rows["entity_name"].iloc[:1])  # (1, D_in)
+            asked = self.words.transform(priced.products.rows["entity_name"].iloc[[row]])  # (1, D_in)
             similarity = (self.known @ asked.T).toarray()[:, 0]  # (N,)
-        elif priced.embeddings[self.embedding].valid[0]:
-            content = priced.embeddings[self.embedding].embeddings[:1].astype(np.float32)
+        elif priced.embeddings[self.embedding].valid[row]:
+            content = priced.embeddings[self.embedding].embeddings[[row]].astype(np.float32)
             similarity = self.known @ self._unit_length(self._without_named(content))[0]  # (N,)
         else:
             similarity = np.zeros(len(self.products))

@@ -8,6 +8,7 @@ Legend: N rows.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from contracts.files import read_json, sidecar_of, write_json
 from contracts.smape import SMALLEST_PRICE
 from contracts.workspace import Workspace
 from ensemble.saved import Member
-from training.run_folder import MARKER
+from training.sealed import MARKER, note_change
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -210,8 +211,12 @@ def open_text_encoder(run_folder: Path, device: str, *, name: str) -> Any:
             link.parent.mkdir(parents=True, exist_ok=True)
             if file.name == "settings.json":
                 write_json(link, {**read_json(file), "model": str(pretrained.resolve())})
+            elif file.name == MARKER:
+                shutil.copy(file, link)
             else:
                 link.symlink_to(file.resolve())
+        for settings in copy.rglob("settings.json"):
+            note_change(settings)
         return TextEncoder.open(copy, name=name, device=device)
 
 

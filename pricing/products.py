@@ -5,7 +5,8 @@ Legend: N rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,30 @@ def _as_text(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns).reset_index(drop=True)
 
 
+def described_products(
+    texts: Sequence[str],
+    facts: Sequence[Mapping[str, str]],
+    pictures: Sequence[Path | None],
+    mapping: ColumnMapping,
+) -> Products:
+    """N products that come from no table.
+
+    Args:
+        texts: (N,) the whole text of each.
+        facts: (N,) further facts, as they are written, by the names in `mapping.features`; any of them may be absent.
+        pictures: (N,) picture files.
+        mapping: of the table that the system was trained on.
+    """
+    table = pd.DataFrame({mapping.text[0]: list(texts)}, dtype=object)
+    for name in mapping.features:
+        table[name] = [written.get(name, "") for written in facts]
+    # one column of text is read as it is, without labels, and without links there are no pictures
+    products = products_of(table, replace(mapping, text=mapping.text[:1], image=None))
+    # an absolute path stands for itself, whatever folder the pictures of tables are in
+    products.rows["image"] = ["" if picture is None else str(picture.resolve()) for picture in pictures]
+    return products
+
+
 def one_product(text: str, mapping: ColumnMapping, image: Path | None = None) -> Products:
     """A product of which only a text and perhaps a picture file is known.
 
@@ -120,12 +145,4 @@ def one_product(text: str, mapping: ColumnMapping, image: Path | None = None) ->
     """
     if image is not None and not image.is_file():
         raise InputError(f"--image {image}: no such file")
-    plain = ColumnMapping(decimal=mapping.decimal, currency=mapping.currency)
-    table = pd.DataFrame({plain.id: ["0"], plain.text[0]: [text]})
-    product = products_of(table, plain)
-    for name, kind in mapping.features.items():
-        product.rows[FEATURE + name] = np.nan if kind == "number" else ""
-    if image is not None:
-        # an absolute path stands for itself, whatever folder the pictures of tables are in
-        product.rows["image"] = str(image.resolve())
-    return product
+    return described_products([text], [{}], [image], mapping)

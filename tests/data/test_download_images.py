@@ -1,8 +1,10 @@
 """The downloader against a local server that misbehaves in every way a picture host does."""
 
 import csv
+import functools
 import io
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ from PIL import Image
 from contracts.errors import InputError
 from contracts.files import write_json
 from data import download_images
+from data.public_addresses import PublicOpener
 
 
 def jpeg(side: int = 64) -> bytes:
@@ -94,6 +97,32 @@ class Handler(BaseHTTPRequestHandler):
     def redirect(self, _):
         self.send(b"", 302, Location="file:///etc/hostname")
 
+    def inside(self, _):
+        self.send(b"", 302, Location="http://inside.example/ok")
+
+    def drip(self, text: bytes) -> None:
+        """Send `text` over and over, more often than any timeout of a socket."""
+        while not self.server.released.wait(0.05):
+            self.wfile.write(text)
+            self.wfile.flush()
+
+    def slow_headers(self, _):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        self.drip(b"x")
+
+    def continuing(self, _):
+        self.drip(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def slow_chunks(self, _):
+        """The size of a chunk may have as many leading zeros as one likes."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        self.drip(b"0")
+
+    def unannounced_and_slow(self, _):
+        """A whole picture that is followed by nothing: the end of the connection would make it complete."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE)
+        self.server.released.wait(5)
+
     def log_message(self, *_):
         pass
 
@@ -134,7 +163,9 @@ def read_status(root) -> dict[str, tuple[str, str]]:
 
 
 def run(root, *flags: str) -> dict[str, tuple[str, str]]:
-    download_images.main(["--workspace", str(root), "--workers", "4", "--timeout", "2", *flags])
+    """The server of these tests is a private one."""
+    settings = ["--workspace", str(root), "--workers", "4", "--timeout", "2", "--allow-private"]
+    download_images.main([*settings, *flags])
     left = [path.name for path in (root / "pictures").iterdir() if path.suffix != ".jpg"]
     assert not left, "temporary files stay behind"
     return read_status(root)
@@ -179,6 +210,81 @@ def test_silent_and_dripping_servers_time_out(server, tmp_path):
     assert status["dripping"] == ("timeout", "not complete after 0.6 s")
     assert server.requests == {"/silent": 2, "/dripping": 2}
     assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("answer", ["slow_headers", "continuing", "slow_chunks", "dripping"])
+def test_no_server_can_keep_a_request(server, tmp_path, answer):
+    """Every one of them sends something before the timeout of the socket, and never comes to an end."""
+    write_workspace(tmp_path, {"a": f"{server.url}/{answer}"})
+    started = time.monotonic()
+    assert run(tmp_path, "--timeout", "0.2", "--retries", "0")["a"] == ("timeout", "not complete after 1.2 s")
+    assert run(tmp_path, "--deadline", "0.5")["a"][0] == "deadline"
+    assert time.monotonic() - started < 5
+
+
+def test_a_picture_whose_end_never_comes_is_not_taken(server, tmp_path):
+    write_workspace(tmp_path, {"a": f"{server.url}/unannounced_and_slow"})
+    assert run(tmp_path, "--timeout", "4", "--deadline", "0.5")["a"][0] == "deadline"
+    assert not (tmp_path / "pictures" / "a.jpg").exists()
+
+
+PUBLIC = "93.184.216.34"
+
+
+@pytest.fixture
+def network(server, monkeypatch):
+    """Names resolve here, and every connection ends at the loopback server; it holds the addresses that were asked."""
+    names = {
+        "shop.example": [PUBLIC],
+        "inside.example": ["10.0.0.7"],
+        "both.example": [PUBLIC, "169.254.169.254"],
+    }
+    asked = []
+
+    def resolve(host, port, **options):
+        if host in names:
+            return [(0, 0, 0, "", (address, port)) for address in names[host]]
+        return socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST, **options)
+
+    def connect(address, timeout, source_address):
+        asked.append(address[0])
+        return socket.create_connection(("127.0.0.1", server.server_port), timeout)
+
+    opener = functools.partial(PublicOpener, resolve=resolve, connect=connect)
+    monkeypatch.setattr(download_images, "PublicOpener", opener)
+    return asked
+
+
+INSIDE = {
+    "loopback": "http://127.0.0.1/ok", "decimal": "http://2130706433/ok", "hex": "http://0x7f000001/ok",
+    "octal": "http://0177.0.0.1/ok", "short": "http://127.1/ok", "mapped": "http://[::ffff:127.0.0.1]/ok",
+    "six": "http://[::1]/ok", "link_local": "http://169.254.169.254/ok", "private": "http://192.168.1.1/ok",
+    "zero": "http://0.0.0.0/ok", "name": "http://inside.example/ok", "one_of_two": "http://both.example/ok",
+}  # fmt: skip
+
+
+def test_hosts_that_are_not_public_are_not_asked(network, tmp_path):
+    write_workspace(tmp_path, INSIDE)
+    download_images.main(["--workspace", str(tmp_path), "--retries", "2"])
+    status = read_status(tmp_path)
+    assert {name: status[name][0] for name in INSIDE} == dict.fromkeys(INSIDE, "not_public")
+    assert network == []
+
+
+def test_a_redirect_inside_is_not_followed(server, network, tmp_path):
+    write_workspace(tmp_path, {"a": "http://shop.example/ok", "b": "http://shop.example/inside"})
+    download_images.main(["--workspace", str(tmp_path)])
+    status = read_status(tmp_path)
+    assert (status["a"][0], status["b"][0]) == ("ok", "not_public")
+    assert network == [PUBLIC, PUBLIC]
+    assert server.requests == {"/ok": 1, "/inside": 1}
+
+
+def test_one_s_own_network_on_request(network, tmp_path):
+    write_workspace(tmp_path, {"a": "http://inside.example/ok"})
+    download_images.main(["--workspace", str(tmp_path), "--allow-private"])
+    assert read_status(tmp_path)["a"][0] == "ok"
+    assert network == ["10.0.0.7"]
 
 
 def test_retry_after_is_honoured(server, tmp_path):
@@ -233,7 +339,10 @@ def test_a_wait_beyond_the_deadline_is_not_begun(server, tmp_path):
 def test_ctrl_c_writes_the_status(server, tmp_path):
     links = {f"{number}": f"{server.url}/dripping/{number}" for number in range(6)}
     write_workspace(tmp_path, {"first": f"{server.url}/ok", **links})
-    command = [sys.executable, "-m", "data.download_images", "--workspace", str(tmp_path), "--workers", "2"]
+    command = [
+        sys.executable, "-m", "data.download_images", "--workspace", str(tmp_path), "--workers", "2",
+        "--allow-private",
+    ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         # a shell starts background jobs with Ctrl-C ignored, and children inherit that

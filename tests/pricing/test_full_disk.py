@@ -24,7 +24,8 @@ def small_disk(tmp_path):
     if subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("this machine does not let root mount a small disk")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    # lazily: a training that has failed keeps the lock of its run until its process ends
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(disk, *, leave):

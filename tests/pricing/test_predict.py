@@ -11,6 +11,7 @@ from contracts.files import read_json, write_json
 from contracts.tables import read_any
 from contracts.workspace import Workspace
 from pricing import PriceModel, predict
+from training.sealed import note_change
 
 COLUMNS = ["sample_id", "price", "low_80", "high_80", "low_95", "high_95", "missing"]
 
@@ -200,6 +201,28 @@ def test_what_is_missing_is_named(copy_of, word_system):
         PriceModel.load(root)
 
 
+@pytest.mark.parametrize(
+    ("file", "changed", "message"),
+    [
+        ("ensemble/model.json", {"schema": 99}, "model.json: schema 99, this version reads 1"),
+        (
+            "words_ridge_frozen_text/word_model.json",
+            {"schema": 99},
+            "word_model.json: schema 99, this version",
+        ),
+        ("frozen/settings.json", {"flash": True}, "frozen: made by another version of this program"),
+    ],
+)
+def test_a_part_of_another_version_is_one_line(copy_of, word_system, file, changed, message):
+    root = copy_of(word_system)
+    path = root / "checkpoints" / file
+    write_json(path, {**read_json(path), **changed})
+    note_change(path)
+    with pytest.raises(InputError, match=message) as caught:
+        PriceModel.load(root, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_member_of_an_unknown_stage_is_named(copy_of, word_system):
     root = copy_of(word_system)
     path = root / "checkpoints" / "ensemble" / "model.json"
@@ -214,6 +237,7 @@ def test_an_encoder_that_was_trained_again_is_refused(copy_of, word_system):
     root = copy_of(word_system)
     path = root / "checkpoints" / "frozen" / "head.safetensors"
     save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
+    note_change(path)
     with pytest.raises(InputError, match="embedding frozen_text was trained again"):
         PriceModel.load(root)
 

@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from fastapi.testclient import TestClient
 
 from contracts.errors import InputError
 from product_matching import search
-from product_matching.api import create_app
+from product_matching.api import create_service
 from product_matching.config import ServeSettings
 from product_matching.search import Matcher
 
@@ -18,10 +19,17 @@ def matcher(shop_index) -> Matcher:
     return Matcher.load(shop_index, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def client(matcher) -> TestClient:
+def client_of(matcher, settings) -> TestClient:
+    """To be used in a `with` block, which starts the service's queue."""
+    app = create_service(matcher, settings).app
     # a 500 must show as a 500, not as the exception in the test
-    return TestClient(create_app(matcher, LIMITS), raise_server_exceptions=False)
+    return TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def client(matcher):
+    with client_of(matcher, LIMITS) as client:
+        yield client
 
 
 def test_a_record_finds_itself_by_its_title(matcher):
@@ -91,8 +99,28 @@ def test_a_category_limits_the_answer(client):
 
 
 def test_k_larger_than_the_catalogue_returns_every_record(matcher):
-    client = TestClient(create_app(matcher, ServeSettings(max_k=10_000)))
-    assert len(client.post("/match", json={"title": "tv", "k": 9_999}).json()["results"][0]["matches"]) == 160
+    with client_of(matcher, ServeSettings(max_k=10_000)) as client:
+        answer = client.post("/match", json={"title": "tv", "k": 9_999})
+    assert len(answer.json()["results"][0]["matches"]) == 160
+
+
+def test_the_versioned_endpoints_answer_the_same(client):
+    one = client.post("/v1/match", json={"title": "camera", "k": 2}).json()
+    several = client.post("/v1/matches", json={"titles": ["tv", "camera"], "k": 2}).json()
+    old = client.post("/match", json={"title": ["tv", "camera"], "k": 2}).json()
+    assert one["title"] == "camera"
+    expected = [[match["id"] for match in result["matches"]] for result in old["results"]]
+    assert [[match["id"] for match in result["matches"]] for result in several["results"]] == expected
+    assert [match["id"] for match in one["matches"]] == expected[1]
+
+
+def test_one_bad_category_spoils_no_other_request(matcher):
+    """Requests that arrive together share a batch."""
+    settings = ServeSettings(wait_ms=200)
+    with client_of(matcher, settings) as client, ThreadPoolExecutor(2) as threads:
+        bad = threads.submit(client.post, "/v1/match", json={"title": "tv", "category": "shoes"})
+        good = threads.submit(client.post, "/v1/match", json={"title": "tv", "category": "photo"})
+        assert (bad.result().status_code, good.result().status_code) == (422, 200)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +157,8 @@ def test_a_title_of_100_000_characters_is_refused_by_either_limit(client, matche
     title = "x" * 100_000
     answer = client.post("/match", json={"title": title})
     assert answer.status_code == 413 and "larger than 20000 bytes" in answer.json()["detail"]
-    roomy = TestClient(create_app(matcher, ServeSettings(max_body_bytes=10**6)))
-    answer = roomy.post("/match", json={"title": title})
+    with client_of(matcher, ServeSettings(max_body_bytes=10**6)) as roomy:
+        answer = roomy.post("/match", json={"title": title})
     assert answer.status_code == 422 and "100000 characters; at most 2000" in answer.json()["detail"]
 
 

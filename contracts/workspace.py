@@ -74,14 +74,15 @@ ARTEFACTS = {
         "price float64, finite, > 0; ids and order of test.csv",
     ),
     "intervals": Artefact(
-        "test_intervals.csv", "ensemble.train --intervals", "-", "sample_id",
+        "test_intervals.csv", "ensemble.train, ensemble.predict", "-", "sample_id",
         "price and the bounds of its 80 % and 95 % intervals",
     ),
     "scores": Artefact(
         "scores.csv", "pipeline.scores", "pipeline.report", "model", "SMAPE of every model on rows it has not seen",
     ),
     "stages": Artefact(
-        "pipeline.json", "pipeline.run", "pipeline.report", "stage", "seconds and peak memory of every stage",
+        "pipeline.json", "pipeline.run", "pipeline.run, pipeline.report", "stage",
+        "seconds and peak memory of every stage, and what it read and wrote",
     ),
     "report": Artefact("report.html", "pipeline.report", "-", "-", "scores, plots and problems on one page"),
 }  # fmt: skip

@@ -13,7 +13,8 @@ class EnsembleSettings:
     workspace: Path = REPOSITORY
     """Folder with data/ and predictions/."""
     members: tuple[str, ...] = ()
-    """Names of the prediction files to combine; empty means every model that priced all rows out of fold."""
+    """Names of the prediction files to combine; empty means every model that priced all rows out of fold. Models of a
+    single hold-out must be named; they are weighed on its rows."""
     run: str = "ensemble"
     """Name of the combined predictions, and of the folder under checkpoints/ with weights and scores."""
     out: str = ""

@@ -15,8 +15,7 @@ import numpy as np
 import pandas as pd
 
 from contracts.errors import InputError, run_entry_point
-from contracts.files import atomic_write
-from contracts.predictions import Predictions, read_predictions, write_predictions
+from contracts.predictions import Predictions, read_predictions, write_in_input_order, write_predictions
 from contracts.splits import N_FOLDS, fitted_on
 from contracts.workspace import REPOSITORY, Workspace
 from ensemble.saved import Ensemble
@@ -61,8 +60,7 @@ def write_prices(
     out = out or workspace.root / f"{table}_out.csv"
     intervals = out.with_name(f"{out.stem.removesuffix('_out')}_intervals.csv")
     for path, columns in ((out, ["sample_id", "price"]), (intervals, list(prices))):
-        with atomic_write(path) as file:
-            prices[columns].to_csv(file, index=False)
+        write_in_input_order(workspace, table, prices[columns], path)
     meta = {
         "stage": "ensemble",
         "model": run,
@@ -71,7 +69,11 @@ def write_prices(
     }
     log_price = np.log1p(np.exp(ensemble.ln_price(ln_predicted)))
     write_predictions(workspace, run, table, ids, log_price, meta=meta)
-    print(f"{out}: {len(prices)} prices, median ${prices['price'].median():.2f}")
+    error = ensemble.expected_error
+    print(
+        f"{out}: {len(prices)} prices, median {prices['price'].median():.2f}"
+        + (f"; {error}" if error else "")
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,7 +31,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Weights and intervals, fitted on the members' out-of-fold prices of all training rows."""
+    """Weights and intervals, fitted on the prices of all training rows that every member priced unseen."""
 
     members: tuple[Member, ...]
     weights: tuple[float, ...]
@@ -40,6 +40,14 @@ class Ensemble:
     """for each coverage, the half-width of the interval in ln price per unit of difficulty"""
     score: dict[str, Any]
     """SMAPE of the ensemble on rows that neither members nor weights have seen, its standard error, coverage"""
+
+    @property
+    def expected_error(self) -> str:
+        """The honest score in words; empty where the members have seen the rows that they were scored on."""
+        if "smape" not in self.score:
+            return ""
+        error = self.score["standard_error"]
+        return f"expect a SMAPE of {self.score['smape']:.2f} ± {error:.2f}, as on {self.score['rows']} unseen rows"
 
     def ln_price(self, ln_predicted: np.ndarray) -> np.ndarray:
         """(N, J) ln prices of the members to (N,) of the ensemble."""

@@ -1,15 +1,18 @@
-"""Combine models by their out-of-fold predictions, keep the combination, and write test_out.csv.
+"""Combine models by their predictions of unseen rows, keep the combination, and write test_out.csv.
 
     python -m ensemble.train --workspace OUT --members words_mlp words_ridge words_lightgbm
 
-The weights of each hold-out are fitted on the other four, so the printed score is the error on rows that neither the
-models nor their weights have seen. The weights that are kept and price other tables are fitted on all rows.
+The ensemble is fitted on the training rows that every member has priced without having seen them. They are cut into
+parts: the hold-outs or, where the members share a single hold-out, its two folds. The weights of each part are fitted
+on the others, so the printed score is the error on rows that neither the models nor their weights have seen. The
+weights that are kept and price other tables are fitted on all of these rows.
 
 Legend: N rows, J members.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import pandas as pd
 
 from contracts.errors import InputError, run_entry_point
 from contracts.files import write_json
-from contracts.predictions import prediction_names, read_predictions, write_predictions
+from contracts.predictions import Predictions, prediction_names, read_predictions, write_predictions
 from contracts.smape import smape, smape_with_error
 from contracts.splits import N_FOLDS, N_HOLDOUTS, fitted_on, roles, union_fitted_on
 from contracts.workspace import Workspace
@@ -34,11 +37,13 @@ COVERAGES = (0.80, 0.95)
 
 @dataclass
 class Candidates:
-    """The models to combine, and their ln prices in the order of the tables' rows."""
+    """The models to combine, and their ln prices."""
 
     members: tuple[Member, ...]
+    train_ids: pd.Index
+    """(N,) sample_id of the training rows that every model has priced without having seen them"""
     ln_predicted: dict[str, np.ndarray]
-    """(N, J) of each table"""
+    """(N, J) of each table: of these rows of train, and of all rows of another table"""
     fitted_on: list[list[int]]
     """for the training rows of each fold, the folds that any member was fitted on"""
     leaked: bool
@@ -53,7 +58,12 @@ def choose_members(workspace: Workspace, ids: dict[str, pd.Index], but: str) -> 
         if name == but or not all(file.is_file() for file in files):
             continue
         predictions = {table: read_predictions(workspace, name, table) for table in ids}
-        if any(not ids[table].isin(predictions[table].sample_ids).all() for table in ids):
+        lacking = [table for table in ids if not ids[table].isin(predictions[table].sample_ids).all()]
+        if lacking:
+            listed = " and ".join(lacking)
+            print(
+                f"left out: {name} has not priced every row of {listed}; --members can name it nevertheless"
+            )
             continue
         try:
             predictions["train"].require_unseen()
@@ -64,44 +74,118 @@ def choose_members(workspace: Workspace, ids: dict[str, pd.Index], but: str) -> 
     if not chosen:
         raise InputError(
             f"{workspace.root / 'predictions'}: no model has predicted all rows out of fold; "
-            "run word_models.train first"
+            "run word_models.train first, or name the models of one hold-out with --members"
         )
     return chosen
 
 
 def read_candidates(
-    workspace: Workspace, names: list[str], ids: dict[str, pd.Index], *, allow_leak: bool
+    workspace: Workspace,
+    names: list[str],
+    fold: pd.Series,
+    test_ids: pd.Index | None = None,
+    *,
+    allow_leak: bool,
 ) -> Candidates:
     """Read the prices of each model.
 
+    Args:
+        fold: of every training row, by sample_id.
+        test_ids: rows of the test table, in its order; None where there is none.
+
     Raises:
-        InputError: a model lacks rows, or was fitted on rows that it predicts (unless `allow_leak`).
+        InputError: a model has priced no whole fold without having seen it, the models have no two folds in common, or
+            one lacks rows of test.
     """
+    predictions = {name: read_predictions(workspace, name, "train") for name in names}
+    folds = common_folds(predictions, fold, allow_leak=allow_leak)
+    ids = {"train": fold.index[fold.isin(folds)]}
+    if test_ids is not None:
+        ids["test"] = test_ids
     members, entries, leaked = [], [], False
     columns: dict[str, list[np.ndarray]] = {table: [] for table in ids}
-    for name in names:
+    for name, of_train in predictions.items():
         for table in ids:
-            columns[table].append(ln_prices_of(read_predictions(workspace, name, table), ids[table]))
-        train = read_predictions(workspace, name, "train")
-        if not allow_leak:
-            train.require_unseen()
-        leaked = leaked or not train.unseen.all()
-        meta = train.meta or {"stage": "unknown", "model": name, "fitted_on": _all_folds()}
+            of_table = of_train if table == "train" else read_predictions(workspace, name, table)
+            columns[table].append(ln_prices_of(of_table, ids[table]))
+        is_used = np.isin(of_train.sample_ids, ids["train"])
+        leaked = leaked or not of_train.unseen[is_used].all()
+        meta = of_train.meta or {"stage": "unknown", "model": name, "fitted_on": _all_folds()}
         entries.append(meta["fitted_on"])
         members.append(Member(name, meta["stage"], meta["model"]))
     ln_predicted = {table: np.stack(columns[table], axis=1) for table in ids}
-    return Candidates(tuple(members), ln_predicted, union_fitted_on(*entries), leaked)
+    fitted = union_fitted_on(*entries, weights_fitted_on(folds))
+    return Candidates(tuple(members), ids["train"], ln_predicted, fitted, leaked)
 
 
 def _all_folds() -> list[list[int]]:
     return fitted_on(encoder_folds=tuple(range(N_FOLDS)))
 
 
-def nested_predictions(ln_predicted: np.ndarray, ln_price: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Combined ln price (N,) of each hold-out, with weights fitted on the others."""
-    combined = np.empty(len(ln_price))
+def common_folds(
+    predictions: dict[str, Predictions], fold: pd.Series, *, allow_leak: bool
+) -> tuple[int, ...]:
+    """The folds of which every model has priced every row, and (unless `allow_leak`) has seen none.
+
+    Args:
+        predictions: of the training rows, by model.
+        fold: of every training row, by sample_id.
+    """
+    covered = {}
+    for name, of_model in predictions.items():
+        counts = allow_leak | of_model.unseen
+        priced = fold.index.isin(of_model.sample_ids[counts])
+        covered[name] = set(fold) - set(fold[~priced])
+        if covered[name]:
+            continue
+        if not allow_leak:
+            of_model.require_unseen()  # raises if it has seen what it predicts
+        missing = fold.index[~priced]
+        raise InputError(
+            f"{of_model.path}: no prediction for {len(missing)} rows, first {missing[0]}; it is not out of fold, and "
+            "no hold-out is whole"
+        )
+    common = sorted(set.intersection(*covered.values()))
+    if len(parts_of(common)) > 1:
+        return tuple(common)
+    listed = "; ".join(f"{name} {_written(folds)}" for name, folds in covered.items())
+    raise InputError(
+        f"the members need two folds that all of them have priced unseen, and have priced these: {listed}; "
+        "train them out of fold or on the same hold-out"
+    )
+
+
+def _written(folds: set[int]) -> str:
+    return "all folds" if len(folds) == N_FOLDS else "folds " + " ".join(map(str, sorted(folds)))
+
+
+def parts_of(folds: Iterable[int]) -> list[list[int]]:
+    """The folds, grouped by hold-out; those of a single hold-out each by itself."""
+    present = sorted(set(folds))
+    by_holdout = []
     for holdout in range(N_HOLDOUTS):
-        asked = np.isin(fold, roles(holdout).validate)
+        part = [fold for fold in present if fold in roles(holdout).validate]
+        if part:
+            by_holdout.append(part)
+    if len(by_holdout) > 1:
+        return by_holdout
+    return [[fold] for fold in present]
+
+
+def weights_fitted_on(folds: tuple[int, ...]) -> list[list[int]]:
+    """For the rows of each fold, the folds that the ensemble's weights are fitted on."""
+    fitted = [list(folds) for _ in range(N_FOLDS)]
+    for part in parts_of(folds):
+        for fold in part:
+            fitted[fold] = [other for other in folds if other not in part]
+    return fitted
+
+
+def nested_predictions(ln_predicted: np.ndarray, ln_price: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Combined ln price (N,) of each part of the rows, with weights fitted on the others."""
+    combined = np.empty(len(ln_price))
+    for part in parts_of(fold):
+        asked = np.isin(fold, part)
         weights = fit_weights(ln_predicted[~asked], ln_price[~asked])
         combined[asked] = ln_predicted[asked] @ weights
     return combined
@@ -110,17 +194,17 @@ def nested_predictions(ln_predicted: np.ndarray, ln_price: np.ndarray, fold: np.
 def inside_nested_intervals(
     ln_error: np.ndarray, difficulty: np.ndarray, fold: np.ndarray, coverage: float
 ) -> np.ndarray:
-    """Whether each row's price lies in its interval, (N,) bool; that of a hold-out is calibrated on the others."""
+    """Whether each row's price lies in its interval, (N,) bool; that of a part is calibrated on the others."""
     inside = np.empty(len(ln_error), bool)
-    for holdout in range(N_HOLDOUTS):
-        asked = np.isin(fold, roles(holdout).validate)
+    for part in parts_of(fold):
+        asked = np.isin(fold, part)
         factor = interval_half_width(ln_error[~asked], difficulty[~asked], coverage)
         inside[asked] = np.abs(ln_error[asked]) <= factor * difficulty[asked]
     return inside
 
 
 def fit_ensemble(candidates: Candidates, price: np.ndarray, fold: np.ndarray) -> tuple[Ensemble, np.ndarray]:
-    """The ensemble, with weights and intervals of all rows and a nested score; and the nested ln prices (N,)."""
+    """The ensemble, with weights and intervals of all N rows and a nested score; and the nested ln prices (N,)."""
     ln_predicted, ln_price = candidates.ln_predicted["train"], np.log(price)
     nested = nested_predictions(ln_predicted, ln_price, fold)
     smape_of_all, error = smape_with_error(price, np.exp(nested))
@@ -165,7 +249,7 @@ def table_of_members(
 def describe(ensemble: Ensemble, listed: pd.DataFrame, *, leaked: bool) -> str:
     """The table of members, the score and the coverage of the intervals, for people."""
     score = ensemble.score
-    name, value = ("leaked", score["leaked_smape"]) if leaked else ("nested out-of-fold", score["smape"])
+    name, value = ("leaked", score["leaked_smape"]) if leaked else ("nested", score["smape"])
     covers = ", ".join(f"{share:.1%} at nominal {level}" for level, share in score["coverage"].items())
     return (
         f"{listed.to_string(index=False, float_format='%.3f')}\n"
@@ -177,13 +261,16 @@ def describe(ensemble: Ensemble, listed: pd.DataFrame, *, leaked: bool) -> str:
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(EnsembleSettings, argv, description=__doc__.split("\n")[0])
     workspace = Workspace(settings.workspace)
-    train = workspace.training_table()
-    fold, price = train["fold"].to_numpy(), train["price"].to_numpy()
-    ids = {"train": pd.Index(train["sample_id"])}
+    train = workspace.training_table().set_index("sample_id")
+    ids = {"train": train.index}
     if workspace.path("prepared", split="test").is_file():
         ids["test"] = pd.Index(workspace.prepared("test")["sample_id"])
     names = list(settings.members) or choose_members(workspace, ids, but=settings.run)
-    candidates = read_candidates(workspace, names, ids, allow_leak=settings.allow_leak)
+    candidates = read_candidates(
+        workspace, names, train["fold"], ids.get("test"), allow_leak=settings.allow_leak
+    )
+    used = train.loc[candidates.train_ids]
+    fold, price = used["fold"].to_numpy(), used["price"].to_numpy()
     ensemble, nested = fit_ensemble(candidates, price, fold)
 
     listed = table_of_members(candidates, price, fold, ensemble.weights)
@@ -199,7 +286,7 @@ def main(argv: list[str] | None = None) -> dict:
     meta = {"stage": "ensemble", "model": settings.run, "members": names, "fitted_on": candidates.fitted_on}
     log_price = np.log1p(np.exp(nested))
     write_predictions(
-        workspace, settings.run, "train", ids["train"].to_numpy(), log_price, meta=meta, fold=fold
+        workspace, settings.run, "train", candidates.train_ids.to_numpy(), log_price, meta=meta, fold=fold
     )
     if "test" in ids:
         out = Path(settings.out) if settings.out else None

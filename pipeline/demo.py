@@ -13,7 +13,7 @@ from contracts.errors import run_entry_point
 from contracts.workspace import CLIP_IMAGE, QWEN_TEXT, SIGLIP_IMAGE, SIGLIP_TEXT, Workspace
 from data import sample_catalog
 from pipeline.report import write_report
-from pipeline.run import run_stages
+from pipeline.run import describe_outcome, run_stages
 from pipeline.scores import write_scores
 from pipeline.stages import PipelineSettings, Stage, pipeline_stages
 from training.settings import parse_settings
@@ -31,14 +31,12 @@ class DemoSettings:
     """Products to price."""
 
 
-def single_modality(workspace: Workspace, name: str, *use: str) -> list[Stage]:
+def single_modality(name: str, *use: str) -> list[Stage]:
     """The stages of a fusion that sees some embeddings only, which shows what pictures and texts are worth alone."""
     run = f"fusion_{name}_only"
-    # a submission of its own, so that the one of all embeddings stays in test_out.csv
-    submission = workspace.path("predictions", name=run, split="test").with_name(f"{run}.csv")
     return [
         Stage("fusion.all_embeddings.train", ("--preset", PRESET, "--run", run, "--use", *use)),
-        Stage("fusion.all_embeddings.predict_test", ("--run", run, "--out", str(submission))),
+        Stage("fusion.all_embeddings.predict", ("test", "--run", run)),
     ]
 
 
@@ -50,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     sample_catalog.main(["--out", str(catalogue), *rows])
 
     stages = pipeline_stages(PipelineSettings(data=catalogue, preset=PRESET))
-    stages += single_modality(workspace, "image", CLIP_IMAGE, SIGLIP_IMAGE)
-    stages += single_modality(workspace, "text", QWEN_TEXT, SIGLIP_TEXT)
+    stages += single_modality("image", CLIP_IMAGE, SIGLIP_IMAGE)
+    stages += single_modality("text", QWEN_TEXT, SIGLIP_TEXT)
     run_stages(stages, workspace.root)
 
     print(
@@ -60,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     print("and not what the published encoders can do.\n")
     print(write_scores(workspace.root, catalogue))
     print(f"\nreport      {write_report(workspace.root)}")
-    print(f"submission  {workspace.path('submission')}")
+    print(describe_outcome(workspace.root))
 
 
 if __name__ == "__main__":

@@ -1,54 +1,41 @@
-"""Write one page about a workspace: its scores, curves, errors and problems.
+"""Write one page about a workspace: its scores, where its prices are right and wrong, and the problems of its data.
 
-The page is a single html file that needs no network.
+The page is a single html file that needs no network and no script. It follows the reader's light or dark theme.
 
 python -m pipeline.report --workspace OUT
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
 
+import numpy as np
 import pandas as pd
 
-from contracts.catalog import read_table
+from contracts.catalog import ColumnMapping, read_table
 from contracts.errors import run_entry_point
 from contracts.files import atomic_write, read_json
-from contracts.predictions import read_predictions
-from contracts.smape import smape_terms
-from contracts.workspace import REPOSITORY, SPLITS, Workspace
-from training.pictures import MISSING, NO_LINK, UnreadablePicture, open_picture
+from contracts.smape import smape_with_error
+from contracts.workspace import REPOSITORY, Workspace
+from pipeline.page.accuracy import coverage, errors, predicted_and_true
+from pipeline.page.facts import catalogue, stages
+from pipeline.page.held_out import ENSEMBLE, HeldOut, read_held_out
+from pipeline.page.markup import breakable, data_table, money, percent
+from pipeline.page.training_runs import experts, learning_curves
+from pipeline.page.worst_products import furthest_off
+from pipeline.scores import BEST_POSSIBLE, CONSTANT, LABELS, NO_BETTER, score_table
 from training.settings import parse_settings
 
-FUSION = "fusion_all_embeddings"
-ENSEMBLE = "ensemble"
-ENCODER_RUNS = ("qwen3_finetune", "clip_finetune")
-PLOTS = ("error_by_price.png", "error_by_group.png", "training_curves.png")
-PRICE_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-THUMBNAIL = 96
-"""Pixels of a product picture's longer side."""
-LONGEST_TEXT = 140
-"""Characters of a product's name that are shown."""
-LISTED_REASONS = 8
-LISTED_ROWS = 20
-"""Rows that are named beside a problem."""
-ABSENT_PICTURE = (MISSING, NO_LINK)
-"""Reasons that are counted, but whose rows are not named: nothing is wrong with a file."""
-
+# The policy forbids the page to load or run anything, whatever a product's text contains.
 PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0 }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #eee }
-th:first-child, td:first-child { text-align: left } .text { text-align: left; max-width: 26rem }
-img { max-width: 100% } td img { display: block } .note { color: #666 } code { background: #f4f4f4; padding: 0 .3em }
-</style></head><body><h1>$title</h1>$body</body></html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>$title</title><style>$style</style></head>
+<body><header><p class="kicker">Price report</p><h1>$title</h1>$summary<nav>$links</nav></header>
+<main>$sections</main></body></html>
 """)
 
 
@@ -61,201 +48,121 @@ class ReportSettings:
 def write_report(root: Path) -> Path:
     """Write report.html from whatever the workspace holds so far, and return its path."""
     workspace = Workspace(root)
-    run = main_run(workspace)
+    held_out = read_held_out(workspace)
     sections = {
-        "Scores": scores(workspace),
-        "The ensemble": members(workspace),
-        "The submission": submission(workspace),
-        "Where the prices are right and wrong": run_plots(workspace, run),
-        "Products": products(workspace, run),
+        "Scores": scores(workspace, held_out),
+        "Where the error is": errors(workspace, held_out),
+        "Predicted and true prices": predicted_and_true(held_out),
+        "Intervals": coverage(held_out),
+        "Furthest off": furthest_off(workspace, held_out),
+        "Experts": experts(workspace),
+        "Learning curves": learning_curves(workspace),
         "The catalogue": catalogue(workspace),
-        "Training of the encoders": "".join(run_plots(workspace, run) for run in ENCODER_RUNS),
         "Time and memory": stages(workspace),
     }
-    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items() if content)
-    title = f"Prices for {escape(root.resolve().name)}"
+    filled = {title: content for title, content in sections.items() if content}
+    links = [f'<a href="#{_anchor(title)}">{title}</a>' for title in filled]
+    parts = [f'<section id="{_anchor(title)}"><h2>{title}</h2>{filled[title]}</section>' for title in filled]
+    page = PAGE.substitute(
+        title=escape(root.resolve().name),
+        style=Path(__file__).with_name("page").joinpath("page.css").read_text("utf-8"),
+        summary=summary(workspace, held_out),
+        links="".join(links),
+        sections="".join(parts),
+    )
     path = workspace.path("report")
     with atomic_write(path) as file:
-        file.write(PAGE.substitute(title=title, body=body))
+        file.write(page)
     return path
 
 
-def main_run(workspace: Workspace) -> str:
-    """The run that the page is about: the ensemble if there is one, as it then writes the submission."""
-    return ENSEMBLE if (workspace.path("run", name=ENSEMBLE) / "summary.json").is_file() else FUSION
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
 
 
 # Each section is a piece of html, "" where the workspace has nothing to show.
 
 
-def scores(workspace: Workspace) -> str:
-    """The score table."""
+def summary(workspace: Workspace, held_out: HeldOut | None) -> str:
+    """The few numbers that matter most."""
+    tiles = []
+    if held_out is not None:
+        price = held_out.rows["price"].to_numpy()
+        predicted = held_out.rows["predicted"].to_numpy()
+        error, uncertainty = smape_with_error(price, predicted)
+        typical = np.median(np.abs(predicted - price) / price)
+        tiles.append(
+            (f"{error:.1f}<small> ± {uncertainty:.1f}</small>", f"SMAPE on {len(price):,} unseen products")
+        )
+        tiles.append((percent(typical), "typical error: half of the prices are closer to the truth"))
+        for level, interval in held_out.intervals.items():
+            share = interval["inside"].mean()
+            tiles.append((percent(share, 1), f"of the true prices lie in their {percent(level)} interval"))
+    submission = workspace.path("submission")
+    if submission.is_file():
+        mapping = ColumnMapping.from_json(read_json(workspace.path("catalog")))
+        price = read_table(submission)["price"].astype(float)
+        median = escape(money(price.median(), mapping.currency))
+        tiles.append((f"{len(price):,}", f"prices in {escape(submission.name)}, median {median}"))
+    written = [f'<div class="tile"><b>{number}</b><span>{meaning}</span></div>' for number, meaning in tiles]
+    return f'<div class="tiles">{"".join(written)}</div>' if tiles else ""
+
+
+def scores(workspace: Workspace, held_out: HeldOut | None) -> str:
+    """Every model with its honest score; a member of the ensemble with its weight and the score without it."""
     path = workspace.path("scores")
-    if not path.is_file():
-        return ""
+    table = read_table(path) if path.is_file() else score_table(workspace).fillna("").astype(str)
+    table["order"] = pd.to_numeric(table["validation SMAPE"]).fillna(np.inf)
+    members = _members(workspace)
+    columns = {"validation SMAPE": "SMAPE"}
+    columns |= {name: name for name in ("leaked SMAPE", "test SMAPE") if name in table}
+    headings = ["model", *columns.values()]
+    headings += ["weight", "SMAPE without it"] if members else []
+    headings += ["products", "folds"]
+    main = LABELS.get(held_out.run, held_out.run) if held_out else ""
+    lines = []
+    for line in table.sort_values("order", kind="stable").to_dict("records"):
+        name = line["model"]
+        note = line.get("note", "")
+        cells = [_model_cell(name, note, is_member=name in members)]
+        for column in columns:
+            has_error = column != "test SMAPE" and line[column] and line.get("±")
+            cells.append(line[column] + (f" <small>± {line['±']}</small>" if has_error else ""))
+        if members:
+            member = members.get(name)
+            cells.append(percent(member["weight"]) if member else "")
+            without = member["smape_without_it"] if member else None
+            cells.append(f"{without:.2f}" if without is not None and np.isfinite(without) else "")
+        rows = line["rows"].removesuffix(".0")
+        cells.append(f"{int(rows):,}" if rows else "")
+        cells.append("all" if line["folds"] == "0 1 2 3 4 5 6 7 8 9" else line["folds"])
+        kind = "main" if name == main else "reference" if name in (CONSTANT, BEST_POSSIBLE) else ""
+        lines.append((kind, cells))
     note = (
-        "SMAPE in percent, 0 to 200, lower is better. Each model is scored on the rows of the listed folds, which "
-        "neither it nor an encoder behind it was fitted or stopped on. ± is the standard error over rows."
+        "SMAPE is the mean of |predicted − true| over the mean of the two prices, in percent: 0 is perfect, 200 the "
+        "worst. Each model is scored only on products that neither it nor an encoder behind it was fitted or stopped "
+        "on. ± is the standard error over products. The constant is the one price for everything that fits best."
     )
-    return f'{html_table(read_table(path))}<p class="note">{note}</p>'
+    bad = [line["model"] for line in table.to_dict("records") if line.get("note") == NO_BETTER]
+    warning = ""
+    if bad:
+        names = ", ".join(f"<b>{escape(name)}</b>" for name in bad)
+        warning = f'<p class="warning">No better than one price for everything: {names}.</p>'
+    return f'{warning}{data_table(headings, lines)}<p class="note">{note}</p>'
 
 
-def members(workspace: Workspace) -> str:
-    """The models of the ensemble, and how often its intervals hold the price."""
+def _members(workspace: Workspace) -> dict[str, dict]:
+    """By label of the score table: weight and smape_without_it of each member of the ensemble."""
     path = workspace.path("run", name=ENSEMBLE) / "summary.json"
     if not path.is_file():
-        return ""
-    summary = read_json(path)
-    table = pd.DataFrame(summary["members"]).round(3)
-    table.columns = ["model", "SMAPE alone", "weight", "SMAPE of the ensemble without it"]
-    covers = ", ".join(
-        f"the {level} interval holds {share:.1%}" for level, share in summary["coverage"].items()
-    )
-    note = f"Of the prices of held-out rows, {covers}."
-    return f'{html_table(table)}<p class="note">{note}</p>'
+        return {}
+    return {LABELS.get(line["model"], line["model"]): line for line in read_json(path).get("members", [])}
 
 
-def submission(workspace: Workspace) -> str:
-    """How many prices the submission has, and their quantiles."""
-    path = workspace.path("submission")
-    if not path.is_file():
-        return ""
-    price = read_table(path)["price"].astype(float)
-    quantiles = [f"{share:.0%} ${price.quantile(share):.2f}" for share in PRICE_QUANTILES]
-    return f"<p><code>{escape(path.name)}</code>: {len(price)} prices; {', '.join(quantiles)}.</p>"
-
-
-def run_plots(workspace: Workspace, run: str) -> str:
-    """Those of PLOTS that the run folder has."""
-    folder = workspace.path("run", name=run)
-    return "".join(plot(folder / name) for name in PLOTS if (folder / name).is_file())
-
-
-def products(workspace: Workspace, run: str, count: int = 8) -> str:
-    """The `count` products priced worst and best among those that are new to the model, with their pictures."""
-    path = workspace.path("predictions", name=run, split="train")
-    if not path.is_file():
-        return ""
-    predictions = read_predictions(workspace, run, "train")
-    predicted = predictions.by_id[predictions.unseen]
-    if predicted.empty:
-        return ""
-    rows = workspace.prepared("train").set_index("sample_id").loc[predicted.index]
-    rows["predicted"] = predicted
-    rows["smape"] = smape_terms(rows["price"].to_numpy(), predicted.to_numpy())
-    rows = rows.sort_values("smape")
-    closest = rows.head(count)
-    furthest = rows.tail(count)[::-1]
-    return (
-        f"<h3>Furthest off</h3>{_product_table(workspace, furthest)}"
-        f"<h3>Closest</h3>{_product_table(workspace, closest)}"
-    )
-
-
-def _product_table(workspace: Workspace, rows: pd.DataFrame) -> str:
-    folder = workspace.images_folder()
-    header = "<tr><th></th><th class=text>product</th><th>price</th><th>predicted</th><th>SMAPE</th></tr>"
-    lines = [header]
-    for row in rows.itertuples():
-        picture = _thumbnail(folder / row.image) if row.image else ""
-        lines.append(
-            f'<tr><td>{picture}</td><td class="text">{escape(row.entity_name[:LONGEST_TEXT])}</td>'
-            f"<td>${row.price:.2f}</td><td>${row.predicted:.2f}</td><td>{row.smape:.0f}</td></tr>"
-        )
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _thumbnail(path: Path) -> str:
-    """The picture as a small JPEG inside the page, or the reason why it cannot be shown."""
-    try:
-        image = open_picture(path, min_side=THUMBNAIL)
-    except UnreadablePicture as reason:
-        return f'<span class="note">{escape(str(reason))}</span>'
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return f'<img alt="" src="data:image/jpeg;base64,{_base64(buffer.getvalue())}">'
-
-
-def catalogue(workspace: Workspace) -> str:
-    """What validation found, and the pictures that could not be used."""
-    found = read_json(workspace.path("catalog"))
-    names = {
-        "rows": "rows",
-        "pictures_present": "with a picture file",
-        "without_amount": "without a stated amount",
-        "identical_duplicates_dropped": "identical duplicates dropped",
-        "empty_texts": "empty texts",
-    }
-    counts = pd.DataFrame({"": list(names.values())})
-    for split in SPLITS:
-        if split in found:  # a catalogue may have no test table
-            counts[split] = [found[split][key] for key in names]
-    return html_table(counts) + _price_problems(found["train"]) + _picture_problems(workspace)
-
-
-def _price_problems(found: dict) -> str:
-    skipped = found["bad_prices_skipped"]
-    if not skipped:
-        return ""
-    listed = [f"{escape(sample_id)} ({escape(price)})" for sample_id, price in skipped.items()]
-    return f"<p>{len(skipped)} training rows skipped for their price: {', '.join(listed[:LISTED_ROWS])}</p>"
-
-
-def _picture_problems(workspace: Workspace) -> str:
-    """For each embedding file: how many rows have no usable picture and why, and the damaged files by name."""
-    folder = workspace.path("image_failures", name="any", split="any").parent
-    parts = []
-    for path in sorted(folder.glob("image_failures_*.csv")):
-        table = read_table(path)
-        if table.empty:
-            continue
-        # the details of a reason stand in brackets: they would make every damaged picture a reason of its own
-        kinds = table["reason"].str.replace(r" \(.*", "", regex=True)
-        reasons = kinds.value_counts()[:LISTED_REASONS]
-        counts = ", ".join(f"{count} {escape(reason)}" for reason, count in reasons.items())
-        damaged = table[~table["reason"].isin(ABSENT_PICTURE)]
-        lines = [
-            f"<li>{escape(row.sample_id)}: {escape(row.image)} — {escape(row.reason)}</li>"
-            for row in damaged[:LISTED_ROWS].itertuples()
-        ]
-        name = path.stem.removeprefix("image_failures_")
-        parts.append(f"<p>Without a usable picture in <code>{escape(name)}</code>: {counts}.</p>")
-        parts.append(f"<ul>{''.join(lines)}</ul>")
-    return "".join(parts)
-
-
-def stages(workspace: Workspace) -> str:
-    """Seconds and peak memory of each stage, their sum, and the hardware and versions of the main run."""
-    path = workspace.path("stages")
-    if not path.is_file():
-        return ""
-    table = pd.DataFrame(read_json(path))[["stage", "seconds", "peak_mb"]]
-    seconds = f"{table['seconds'].sum():.0f} s in all"
-    memory = f"at most {table['peak_mb'].max()} MB in one process"
-    return f"{html_table(table)}<p>{seconds}, {memory}.</p>{_where(workspace)}"
-
-
-def _where(workspace: Workspace) -> str:
-    manifests = list(workspace.path("run", name="any").parent.glob("*/manifest.json"))
-    if not manifests:
-        return ""
-    manifest = read_json(max(manifests, key=lambda file: file.stat().st_mtime))
-    facts = [manifest["hardware"], f"torch {manifest['packages']['torch']}", f"git {manifest['git']}"]
-    return f"<p>{escape(', '.join(facts))}</p>"
-
-
-def html_table(table: pd.DataFrame) -> str:
-    return table.to_html(index=False, border=0, na_rep="")
-
-
-def plot(path: Path) -> str:
-    """A png inside the page."""
-    return f'<p><img alt="{escape(path.stem)}" src="data:image/png;base64,{_base64(path.read_bytes())}"></p>'
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+def _model_cell(name: str, note: str, *, is_member: bool) -> str:
+    badges = '<span class="badge">member</span>' if is_member else ""
+    badges += f'<span class="badge bad">{escape(note)}</span>' if note else ""
+    return f"{breakable(name)} {badges}"
 
 
 def main(argv: list[str] | None = None) -> None:

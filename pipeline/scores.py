@@ -32,6 +32,10 @@ LABELS = {
     "fusion_all_embeddings": "fusion, all embeddings",
 }
 """Labels of well-known prediction files, in the order of the table; other files follow under their own names."""
+CONSTANT = "constant"
+BEST_POSSIBLE = "best possible"
+NO_BETTER = "no better than the constant price"
+"""What the column `note` says of a model whose error is not below that of the constant price on the same rows."""
 
 
 @dataclass
@@ -52,6 +56,7 @@ def score_table(
         allow_leak: also give a line, with a leaked score, to models that no row is new to.
     """
     train = workspace.training_table().set_index("sample_id")
+    train["constant"] = constant_prices(train)
     lines = []
     for name in sorted(prediction_names(workspace), key=_place_in_table):
         try:
@@ -72,7 +77,18 @@ def score_table(
         lines.append(line)
     table = pd.DataFrame([*_constants(train, lines, test_truth), *lines])
     first = ["model", "folds", "rows", "validation SMAPE", "±"]
-    return table[[*first, *table.columns.difference(first)]]
+    last = ["note"] if "note" in table else []
+    return table[[*first, *table.columns.difference([*first, *last]), *last]]
+
+
+def constant_prices(train: pd.DataFrame) -> pd.Series:
+    """The best constant price for each training row: like a model, it is fitted on the fit folds of its hold-out."""
+    constant = pd.Series(np.nan, train.index)
+    for holdout in range(N_HOLDOUTS):
+        role = roles(holdout)
+        fitted = train.loc[train["fold"].isin(role.fit), "price"].to_numpy()
+        constant[train["fold"].isin(role.validate)] = best_constant(fitted)
+    return constant
 
 
 def _place_in_table(name: str) -> tuple[int, str]:
@@ -82,12 +98,17 @@ def _place_in_table(name: str) -> tuple[int, str]:
 
 
 def _score(train: pd.DataFrame, predictions: Predictions, rows: np.ndarray, column: str) -> dict:
-    """Folds, number, SMAPE (under the name `column`) and standard error of `rows`, (N,) bool."""
-    price = train.loc[predictions.sample_ids[rows], "price"].to_numpy()
+    """Folds, number, SMAPE (under the name `column`) and standard error of `rows`, (N,) bool; a note if it is bad."""
+    scored = train.loc[predictions.sample_ids[rows]]
+    price = scored["price"].to_numpy()
     score, error = smape_with_error(price, predictions.price[rows])
     assert predictions.fold is not None, "the training table has folds"
     folds = sorted(set(predictions.fold[rows].tolist()))
-    return {"folds": _written(folds), "rows": len(price), column: round(score, 2), "±": round(error, 2)}
+    line = {"folds": _written(folds), "rows": len(price), column: round(score, 2), "±": round(error, 2)}
+    # on these very rows: a model of pictures may price a few of the fold's rows only
+    if score >= smape(price, scored["constant"].to_numpy()):
+        line["note"] = NO_BETTER
+    return line
 
 
 def _written(folds: list[int]) -> str:
@@ -104,23 +125,16 @@ def _test_score(workspace: Workspace, name: str, truth: pd.Series) -> float:
 
 
 def _constants(train: pd.DataFrame, lines: list[dict], test_truth: pd.Series | None) -> list[dict]:
-    """A line of the best constant for each set of folds that a model is scored on; without a model, for hold-out 0.
-
-    Like a model, the constant that prices the rows of a hold-out is fitted on that hold-out's fit folds.
-    """
+    """A line of the best constant for each set of folds that a model is scored on; without a model, for hold-out 0."""
     scored_folds = {line["folds"] for line in lines if "validation SMAPE" in line}
     if not scored_folds:
         scored_folds = {_written(list(roles(0).validate))}
     constants = []
     for folds in sorted(scored_folds):
         scored = train[train["fold"].isin([int(fold) for fold in folds.split()])]
-        predicted = pd.Series(np.nan, scored.index)
-        for holdout in range(N_HOLDOUTS):
-            role = roles(holdout)
-            fitted = train.loc[train["fold"].isin(role.fit), "price"].to_numpy()
-            predicted[scored["fold"].isin(role.validate)] = best_constant(fitted)
+        predicted = scored["constant"]
         score, error = smape_with_error(scored["price"].to_numpy(), predicted.to_numpy())
-        line = {"model": "constant", "folds": folds, "rows": len(scored)}
+        line = {"model": CONSTANT, "folds": folds, "rows": len(scored)}
         line |= {"validation SMAPE": round(score, 2), "±": round(error, 2)}
         if test_truth is not None:
             constant = np.full(len(test_truth), predicted.iloc[0])
@@ -146,7 +160,7 @@ def write_scores(root: Path, sample: Path | None = None, *, allow_leak: bool = F
     table = score_table(workspace, truth, allow_leak=allow_leak)
     if law is not None:
         best = {
-            "model": "best possible",
+            "model": BEST_POSSIBLE,
             "validation SMAPE": round(law["best_smape_expected"], 2),
             "test SMAPE": round(law["best_smape_on_test"], 2),
         }

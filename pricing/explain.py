@@ -227,6 +227,10 @@ def _kept_embeddings(
 
 def _mask(model: PriceModel, embeddings: dict[str, Embeddings], erased: list[_Erased]) -> None:
     """Take the erased modalities away, and with the picture whatever was seen in it."""
+    for embedding in embeddings.values():
+        # what an encoder returns may be memory that only it may write to
+        embedding.embeddings = embedding.embeddings.copy()
+        embedding.valid = embedding.valid.copy()
     for number, item in enumerate(erased):
         for name, embedding in embeddings.items():
             is_of_picture = (

@@ -25,6 +25,14 @@ FIELDS = {
     "value": "amount that is sold, a number such as 12",
     "unit": "unit of the amount, such as Fl Oz",
 }
+LABELS = {
+    "title": "Name",
+    "bullets": "Selling points, one per line",
+    "description": "Description",
+    "value": "Amount",
+    "unit": "Unit of the amount",
+}
+"""What the page calls the words of FIELDS."""
 PICTURE, PICTURE_URL, EXPLAIN = "picture", "picture_url", "explain"
 LISTED_VALUES = 200
 """Most values of a category that a page is given to choose from."""
@@ -85,8 +93,8 @@ class ProductForm:
 
     def columns(self) -> list[Column]:
         """What the page asks for."""
-        texts = self.text_columns or ("title", "bullets", "description", "value", "unit")
-        columns = [Column(name=name, label=_label(name), kind="text") for name in texts]
+        labels = {name: _label(name) for name in self.text_columns} or LABELS
+        columns = [Column(name=name, label=label, kind="text") for name, label in labels.items()]
         for name, kind in self.mapping.features.items():
             values = self.categories.get(name, [])[:LISTED_VALUES] if kind == "category" else None
             columns.append(Column(name=name, label=_label(name), kind=kind or "category", values=values))

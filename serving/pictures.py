@@ -194,6 +194,8 @@ def _picture_files(model: PriceModel) -> dict[str, str]:
     table = model.workspace.path("prepared", split="train")
     if not table.is_file():
         return {}
-    columns = read_table(table, usecols=["sample_id", "image"])
+    columns = read_table(table)
+    if "image" not in columns:
+        return {}  # an exported system keeps names and prices only
     has_picture = columns["image"] != ""
     return dict(zip(columns.loc[has_picture, "sample_id"], columns.loc[has_picture, "image"], strict=True))

@@ -18,6 +18,7 @@ from pricing.products import described_products
 from serving.app import GUARDED, Service, problems
 from serving.config import PriceServiceSettings
 from serving.form import EXPLAIN, PICTURE, PICTURE_URL, Described, ProductForm
+from serving.jobs import required_columns
 from serving.limits import MULTIPART, QUOTED, json_body, read_form, read_json, require_text, validated
 from serving.pictures import PictureDesk
 from serving.schemas import (
@@ -146,7 +147,7 @@ def known_categories(model: PriceModel) -> dict[str, list[str]]:
     table = model.workspace.prepared("train")
     values = {}
     for name, kind in model.mapping.features.items():
-        if kind == "category":
+        if kind == "category" and FEATURE + name in table:  # an exported system keeps names and prices only
             stated = table[FEATURE + name]
             values[name] = stated[stated != ""].value_counts().index.tolist()
     return values
@@ -210,12 +211,19 @@ def price_router(service: Service, desk: PriceDesk, settings: PriceServiceSettin
         name=Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model,
         currency=desk.model.mapping.currency,
         columns=form.columns(),
+        table_columns=required_columns(desk.model.mapping) + picture_columns(desk.model),
         score=Score(**{name: value for name, value in score.items() if value is not None}),
         reads_pictures=desk.model.reads_pictures,
         token_required=bool(service.token),
         picture_urls=settings.picture_urls,
     )
     return router
+
+
+def picture_columns(model: PriceModel) -> list[str]:
+    """The column with the addresses of the pictures, where the model looks at them."""
+    image = model.mapping.image
+    return [image] if image and model.reads_pictures else []
 
 
 def prices_schema(form: ProductForm, settings: PriceServiceSettings) -> type[BaseModel]:

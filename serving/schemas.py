@@ -115,6 +115,7 @@ class ModelResponse(BaseModel):
     name: str
     currency: str
     columns: list[Column]
+    table_columns: list[str] = Field(description="columns that a table for a job has")
     score: Score
     reads_pictures: bool
     token_required: bool

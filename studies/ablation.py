@@ -6,23 +6,27 @@ The workspace must hold extracted embeddings (`make pipeline` or `make demo`). A
 flags beside its name in VARIANTS, so `python -m fusion.all_embeddings.train --workspace OUT <flags>` runs it alone.
 Each variant runs once per hold-out and seed. The table has the mean and the spread over these runs, and the difference
 to the reference, paired by hold-out and seed.
+
+Where the table has feature columns, such as a category, one more variant reads them; all others leave them out.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from contracts.errors import run_entry_point
-from contracts.workspace import EMBEDDINGS, QWEN_TEXT, SIGLIP_TEXT
-from fusion.config import LossName
+from contracts.catalog import FEATURE
+from contracts.errors import InputError, run_entry_point
+from contracts.workspace import CLIP_IMAGE, EMBEDDINGS, QWEN_TEXT, SIGLIP_IMAGE, SIGLIP_TEXT, Workspace
+from fusion.all_embeddings import config as all_embeddings
+from fusion.config import TABULAR, LossName
+from fusion.qwen_clip import config as qwen_clip
 from fusion.qwen_clip.config import Design
 from studies.tables import RESULTS, spread, write_table
 from training.plots import figure_at
@@ -31,6 +35,8 @@ from training.settings import parse_settings
 LOSSES = get_args(LossName)
 DESIGNS = get_args(Design)
 REFERENCE_LOSS = "smape_tanh"
+MODALITIES = {"all_embeddings": all_embeddings.MODALITIES, "qwen_clip": qwen_clip.MODALITIES}
+"""The embeddings that the models of each package read."""
 
 
 class Variant(NamedTuple):
@@ -44,10 +50,18 @@ class Variant(NamedTuple):
 
 REFERENCE = Variant("reference", f"hierarchical, {REFERENCE_LOSS}", ())
 
+WITH_FEATURES = Variant("features", "the table's own columns", ("--use", *EMBEDDINGS, TABULAR))
+"""Runs only where the prepared table has feature columns."""
+
 
 def without(embedding: str) -> tuple[str, ...]:
     """The flags that leave one embedding out."""
     return ("--use", *(name for name in EMBEDDINGS if name != embedding))
+
+
+def branches_of(width: str, *embeddings: str) -> tuple[str, ...]:
+    """The flags that give some branches a width of their own, which `flags_of` fills in."""
+    return ("--branch-widths", *(f"{name}={width}" for name in embeddings))
 
 
 VARIANTS = [
@@ -59,8 +73,13 @@ VARIANTS = [
     Variant("attention", "flat (one MLP)", ("--variant", "flat")),
     Variant("branches", "two layers", ("--branch-depth", "2")),
     Variant("branches", "structural fields apart", ("--structural-branch",)),
+    Variant("branch width", "pictures half as wide", branches_of("{half}", CLIP_IMAGE, SIGLIP_IMAGE)),
+    Variant("branch width", "texts twice as wide", branches_of("{double}", QWEN_TEXT, SIGLIP_TEXT)),
+    Variant("sum of branches", "a gate per product", ("--variant", "branch_mixture")),
+    Variant("sum of branches", "a weight per embedding", ("--variant", "branch_weights")),
     *(Variant("experts", experts, ("--experts", experts)) for experts in ("1", "2", "5")),
     Variant("auxiliary", "under $15", ("--auxiliary-under-15",)),
+    Variant("patience", "15 epochs", ("--patience", "15")),
     *(Variant("left out", name, without(name)) for name in EMBEDDINGS),
     Variant("text alone", f"fine-tuned ({QWEN_TEXT})", ("--use", QWEN_TEXT)),
     Variant("text alone", f"frozen ({SIGLIP_TEXT})", ("--use", SIGLIP_TEXT)),
@@ -74,6 +93,8 @@ class AblationSettings:
     """Folder whose embeddings are used; the runs go to checkpoints/ablation/ in it."""
     preset: Literal["base", "tiny"] = "tiny"
     """Preset of the fusion: base has the published width, for a GPU."""
+    groups: tuple[str, ...] = ()
+    """Groups of variants to run beside the reference, such as loss; empty means all."""
     holdouts: tuple[int, ...] = (0,)
     """Hold-outs to validate on. More than one needs embeddings that were made out of fold."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -84,8 +105,32 @@ class AblationSettings:
     """Keep the runs that an earlier, interrupted call has finished."""
 
 
-def run_variant(settings: AblationSettings, variant: Variant, holdout: int, seed: int) -> float:
-    """Train the variant once and return its validation SMAPE in percent."""
+def chosen_variants(settings: AblationSettings) -> list[Variant]:
+    """The reference, then the variants of the groups to run.
+
+    Raises InputError for a group that does not exist in this workspace.
+    """
+    variants = list(VARIANTS)
+    prepared = Workspace(settings.workspace).prepared("train")
+    if prepared.columns.str.startswith(FEATURE).any():
+        variants.append(WITH_FEATURES)
+    groups = {variant.group for variant in variants}
+    if unknown := set(settings.groups) - groups:
+        raise InputError(f"--groups {', '.join(sorted(unknown))}: choose from {', '.join(sorted(groups))}")
+    if not settings.groups:
+        return variants
+    return [variant for variant in variants if variant == REFERENCE or variant.group in settings.groups]
+
+
+def flags_of(settings: AblationSettings, variant: Variant) -> list[str]:
+    """The variant's flags; widths of branches follow from the fused width D of the preset."""
+    preset = all_embeddings.PRESETS[settings.preset]
+    width = preset.get("width", all_embeddings.ModelConfig.width)
+    return [flag.format(half=width // 2, double=2 * width) for flag in variant.flags]
+
+
+def run_variant(settings: AblationSettings, variant: Variant, holdout: int, seed: int) -> dict[str, Any]:
+    """Train the variant once and return the content of its summary.json, with `validation_smape` in percent."""
     name = f"{variant.group}_{variant.name}"
     folder = "".join(character if character.isalnum() else "_" for character in name)
     flags = [
@@ -97,11 +142,12 @@ def run_variant(settings: AblationSettings, variant: Variant, holdout: int, seed
     ]  # fmt: skip
     if "--loss" not in variant.flags:
         flags += ["--loss", REFERENCE_LOSS]
+    if "--use" not in variant.flags:  # the features of the table are a variant of their own
+        flags += ["--use", *MODALITIES[variant.package]]
     if settings.resume:
         flags.append("--resume")
     train = import_module(f"fusion.{variant.package}.train")
-    summary = train.main([*flags, *variant.flags])
-    return summary["validation_smape"]
+    return train.main([*flags, *flags_of(settings, variant)])
 
 
 def ablate(settings: AblationSettings) -> pd.DataFrame:
@@ -109,10 +155,9 @@ def ablate(settings: AblationSettings) -> pd.DataFrame:
     runs = [(holdout, seed) for holdout in settings.holdouts for seed in settings.seeds]
     rows = []
     reference = None
-    for variant in tqdm(VARIANTS, "ablations", unit=" variants"):
-        started = time.monotonic()
-        smape = np.array([run_variant(settings, variant, holdout, seed) for holdout, seed in runs])
-        seconds = time.monotonic() - started
+    for variant in tqdm(chosen_variants(settings), "ablations", unit=" variants"):
+        summaries = pd.DataFrame(run_variant(settings, variant, holdout, seed) for holdout, seed in runs)
+        smape = summaries["validation_smape"].to_numpy()
         if reference is None:
             reference = smape
         difference = smape - reference
@@ -125,8 +170,9 @@ def ablate(settings: AblationSettings) -> pd.DataFrame:
                 "difference": difference.mean(),
                 "difference_spread": spread(difference),
                 "runs": len(runs),
-                "seconds_per_run": seconds / len(runs),
-                "flags": " ".join(variant.flags),
+                "epochs": round(summaries["epochs"].mean()),
+                "parameters": summaries["parameters"].iloc[0],
+                "flags": " ".join(flags_of(settings, variant)),
             }
         )
     return pd.DataFrame(rows)

@@ -1,10 +1,11 @@
 """The kernel on large catalogues: what its neighbourhoods cost in accuracy, and whether time per row stays flat.
 
     python -m studies.kernel_scaling accuracy --workspace OUT --embeddings frozen_text
-    python -m studies.kernel_scaling time --rows 25000 50000 75000
+    python -m studies.kernel_scaling time --rows 75000
 
-`accuracy` compares the exact form with approximations on a workspace of real rows, out of fold. All of them share the
-similarity that was learned outside the hold-out, so that they differ in the approximation alone:
+`accuracy` compares the exact form with approximations on a workspace of real rows, out of fold, and what the trees and
+the network (`boosted`, `mlp_on_kernel`) make of it. All of them share the similarity that was learned outside the
+hold-out, so that they differ in the approximation alone:
 
 - *neighbourhoods*: what `word_models.kernel` does beyond its exact form, at several sizes;
 - *landmarks*: the Nyström approximation by some of the rows, as a subset of regressors (Rasmussen & Williams 2006,
@@ -12,15 +13,18 @@ similarity that was learned outside the hold-out, so that they differ in the app
 - *nearest*: exact regression of each asked row on its own nearest rows (kriging with moving neighbourhoods).
 
 `time` fits generated catalogues without pictures, whose best possible score is known: per number of rows five hold-outs
-and all rows, or `--holdouts` of them without all rows. Other work on the machine makes wall time longer; CPU seconds
-are those of this process.
+and all rows, or `--holdouts` of them without all rows. Each row of its table has the peak memory of the process until
+then, so give each number of rows a run of its own and join the tables. CPU seconds are those of the process and its
+children on all cores. Other work on the machine makes wall time longer, so that it is an upper bound.
 """
 
 from __future__ import annotations
 
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,6 +42,7 @@ from word_models.compared import ComparedRows
 from word_models.config import WordModelSettings
 from word_models.features import FeatureBuilder, Features, build_features
 from word_models.kernel import KernelModel
+from word_models.models import Boosted, MlpOnKernel
 from word_models.neighbourhoods import SIZES, Sizes
 from word_models.similarity import Similarity, learn
 
@@ -56,10 +61,12 @@ class KernelScalingSettings:
     """Rows of the catalogues of `time`."""
     holdouts: int = N_HOLDOUTS
     """Hold-outs to fit. `time` also fits all rows if it fits all hold-outs."""
-    sizes: tuple[int, ...] = (750, 1_500, 3_000)
+    sizes: tuple[int, ...] = (2_000, SIZES.members)
     """Rows of a neighbourhood in `accuracy`, where a tenth of them is at home."""
     steps: int = 40
     """Steps in which the similarity is learned."""
+    seeds: int = 4
+    """Random seeds of the trees and of the network in `accuracy`. Without seeds, these two are left out."""
     out: str = ""
     """Csv file to write; empty means studies/results/kernel_<part>.csv."""
 
@@ -79,7 +86,8 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
 def measure_accuracy(settings: KernelScalingSettings, out: Path) -> pd.DataFrame:
     """One row per form: SMAPE of the rows of the hold-outs, and how far prices lie from those of the exact form."""
     features, ln_price, fold = _real_rows(settings)
-    kernel = WordModelSettings(model="kernel", kernel_steps=settings.steps)
+    kernel = WordModelSettings(model="kernel", kernel_steps=settings.steps, seeds=max(settings.seeds, 1))
+    second_models: dict[str, Any] = {"boosted": Boosted, "mlp_on_kernel": MlpOnKernel} if settings.seeds else {}
     predicted: dict[str, np.ndarray] = {}
     cpu: dict[str, float] = {}
     scored = np.zeros(len(fold), bool)
@@ -93,18 +101,26 @@ def measure_accuracy(settings: KernelScalingSettings, out: Path) -> pd.DataFrame
         for members in settings.sizes:
             forms[f"neighbourhoods of {members}"] = Sizes(exact=0, home=members // 10, members=members)
         for name, sizes in forms.items():
-            started = time.process_time()
+            clock = _Clock()
             model = KernelModel.with_similarity(similarity, compared, known, sizes=sizes, seed=kernel.seed)
-            of_asked = model.estimate(features[asked]).ln_price
-            cpu[name] = cpu.get(name, 0) + time.process_time() - started
-            predicted.setdefault(name, np.full(len(fold), np.nan))[asked] = of_asked
-        for name, of_asked in _rivals(similarity, compared, known, ComparedRows.of(features[asked])).items():
-            predicted.setdefault(name, np.full(len(fold), np.nan))[asked] = of_asked
+            of_form = {name: model.estimate(features[asked]).ln_price}
+            cpu[name] = cpu.get(name, 0) + clock.lap()[1]
+            for second, kind in second_models.items():
+                fitted = kind.on_kernel(model, kernel, features[~asked], known)
+                of_form[f"{second} on {name}"] = fitted.predict(features[asked])
+            _keep(predicted, of_form, asked)
+        _keep(predicted, _rivals(similarity, compared, known, ComparedRows.of(features[asked])), asked)
 
         # after every hold-out: a run that is interrupted leaves what it has measured
         table = _accuracy_table(predicted, ln_price, scored, cpu, holdout + 1)
         write_table(out, table)
     return table
+
+
+def _keep(predicted: dict[str, np.ndarray], of_form: dict[str, np.ndarray], asked: np.ndarray) -> None:
+    """Write ln price (m,) of the asked rows by each form into `predicted`, (N,) each."""
+    for name, of_asked in of_form.items():
+        predicted.setdefault(name, np.full(len(asked), np.nan))[asked] = of_asked
 
 
 def _accuracy_table(
@@ -198,9 +214,9 @@ def measure_time(settings: KernelScalingSettings, out: Path) -> pd.DataFrame:
     """One row per catalogue and fit: rows fitted and asked, SMAPE, seconds, and the peak memory of the process."""
     found = []
     for rows in settings.rows:
-        started = time.perf_counter()
+        clock = _Clock()
         features, ln_price, ln_best, fold = generated_rows(rows)
-        features_seconds = time.perf_counter() - started
+        _, features_cpu = clock.lap()
         fits: list[int | None] = list(range(settings.holdouts))
         if settings.holdouts == N_HOLDOUTS:
             fits.append(None)
@@ -208,7 +224,7 @@ def measure_time(settings: KernelScalingSettings, out: Path) -> pd.DataFrame:
             asked = np.isin(fold, roles(holdout).validate) if holdout is not None else np.zeros(rows, bool)
             measured = {"rows": rows, "hold_out": "none" if holdout is None else str(holdout)}
             measured |= _fit_and_ask(settings, features, ln_price, ln_best, asked)
-            measured |= {"features_seconds": features_seconds, "peak_gb": _peak_gb()}
+            measured |= {"features_cpu": features_cpu, "peak_gb": _peak_gb()}
             found.append(measured)
             write_table(out, pd.DataFrame(found))
     return pd.DataFrame(found)
@@ -275,17 +291,18 @@ class _Clock:
         self.lap()
 
     def lap(self) -> tuple[float, float]:
-        now = (time.perf_counter(), time.process_time())
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+        now = (time.perf_counter(), cpu)
         before = getattr(self, "before", now)
         self.before = now
         return now[0] - before[0], now[1] - before[1]
 
 
 def _peak_gb() -> float:
-    """Peak memory of this process. Linux only."""
-    status = Path("/proc/self/status").read_text()
-    kilobytes = status.split("VmHWM:")[1].split()[0]
-    return int(kilobytes) / 1e6
+    """Peak memory of this process. Linux counts it in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 if __name__ == "__main__":

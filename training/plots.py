@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 FEW_POINTS = 30
 """Below this many points a curve shows each of them."""
+FOOT = 0.08
+"""Height of a number at the foot of a bar, as a share of the highest bar."""
 PANELS_PER_ROW = 3
 """More would be too small to read at the width of a page."""
 
@@ -77,9 +79,19 @@ def plot_error_by_price(path: Path, price: np.ndarray, predicted: np.ndarray, *,
         scatter.plot(ends, ends, color="black", linewidth=0.8)
         scatter.set(xscale="log", yscale="log", xlabel="true price", ylabel="predicted price")
         for axis in (scatter.xaxis, scatter.yaxis):
-            axis.set_major_formatter(lambda dollars, _: f"${dollars:,.10g}")
+            label_prices(axis, low=ends[0], high=ends[1])
         draw_error_bars(bars, by_bin.mean(), by_bin.sem(), by_bin.size(), overall=terms.mean())
         bars.set(xlabel="true price")
+
+
+def label_prices(axis, *, low: float, high: float) -> None:
+    """Write $10 instead of 10¹ along a log axis; over less than two powers of ten, also $20 and $50."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda dollars, _: f"${dollars:,.10g}")
 
 
 def draw_error_bars(axis, smape: pd.Series, error: pd.Series, rows: pd.Series, *, overall: float) -> None:
@@ -94,11 +106,22 @@ def draw_error_bars(axis, smape: pd.Series, error: pd.Series, rows: pd.Series, *
         smape.index.astype(str), smape, yerr=error.fillna(0), capsize=3, error_kw={"linewidth": 0.8}
     )
     axis.axhline(overall, color="black", linewidth=0.8, linestyle="--", label=f"all rows: {overall:.1f}")
-    # inside at the foot of each bar, where neither the line nor an error bar can strike them through
-    for bar, count in zip(drawn, rows, strict=True):
-        centre = bar.get_x() + bar.get_width() / 2
+    # at the foot of a bar, where neither the line nor the error bar strikes the number through; else above the bar
+    error = error.fillna(0)
+    needed = FOOT * max((smape + error).max(), overall)
+    for bar, count, value, spread in zip(drawn, rows, smape, error, strict=True):
+        fits = min(value - spread, overall) > needed
+        above = value + spread
+        if above <= overall < above + needed:
+            above = overall
         axis.annotate(
-            f"n={count}", (centre, 0), (0, 3), textcoords="offset points", ha="center", fontsize=8, color="w"
+            f"n={count}",
+            (bar.get_x() + bar.get_width() / 2, 0 if fits else above),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color="white" if fits else "black",
         )
     axis.set(ylabel="SMAPE, %")
     axis.margins(y=0.15)  # room for the legend

@@ -57,6 +57,9 @@ class WordModelSettings(MlpSettings):
     """Name of the prediction files and of the folder under checkpoints/; empty means words_<model>_<embeddings>."""
     kernel_steps: int = 40
     """Optimizer steps in which the kernel learns its similarity."""
+    keep_kernels: bool = False
+    """Keep each fitted kernel under checkpoints/kernels/, so that another model on the same rows need not fit it again;
+    kernel, boosted and mlp_on_kernel begin with the same one."""
     trees: int = 500
     """Boosting rounds of LightGBM."""
     svd: int = 128

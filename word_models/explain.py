@@ -155,8 +155,8 @@ def write_summary(folder: Path, explainer: Explainer, settings: ExplainSettings)
         folder / "summary.png",
         groups,
         words,
-        title=f"{len(rows)} rows of hold-out {settings.holdout}, explained by {len(explainer.networks)} networks "
-        "that have not seen them",
+        title=f"{len(rows)} products of hold-out {settings.holdout}; networks that have not seen them: "
+        f"{len(explainer.networks)}",
     )
     print(f"{folder / 'summary.png'}\n" + (folder / "groups.csv").read_text())
 
@@ -183,18 +183,32 @@ def plot_effects(axis: Any, labels: Any, contributions: np.ndarray, *, up_and_do
     """
     if up_and_down:
         colors = [NEUTRAL_COLOR] * len(contributions)
-        written = "±{:.0f} %"
     else:
         colors = [UP_COLOR if value > 0 else DOWN_COLOR for value in contributions]
-        written = "{:+z.0f} %"
     lines = np.arange(len(contributions))
     bars = axis.barh(lines, contributions, color=colors)
-    axis.bar_label(bars, [written.format(percent(value)) for value in contributions], padding=3, fontsize=9)
+    labels_of_bars = written_percent(contributions, sign="±" if up_and_down else None)
+    axis.bar_label(bars, labels_of_bars, padding=4, fontsize=9)
     axis.set_yticks(lines, [plain_text(label, 40) for label in labels])
     axis.set_xticks([])
     axis.axvline(0, color="black", linewidth=0.8)
     axis.invert_yaxis()
     axis.margins(x=0.18)  # room for the labels at the ends of the bars
+
+
+def written_percent(contributions: np.ndarray, sign: str | None = None) -> list[str]:
+    """Contributions to ln price as "+12 %" and "−8 %"; with a decimal where none of them reaches 10 %.
+
+    Args:
+        sign: what stands before every number; None: its own sign.
+    """
+    changes = percent(np.asarray(contributions, float))
+    digits = 1 if len(changes) and np.abs(changes).max() < 10 else 0
+    written = []
+    for change in changes:
+        number = f"{sign}{change:.{digits}f}" if sign else f"{change:+z.{digits}f}"
+        written.append(number.replace("-", "−") + " %")
+    return written
 
 
 def plain_text(text: str, length: int) -> str:

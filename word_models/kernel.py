@@ -13,6 +13,7 @@ Legend: n fitted rows, m asked rows, C comparisons (blocks, views, amounts), P p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -33,9 +34,15 @@ from word_models.surroundings import COLUMNS, POWERS, PRICE_COLUMNS, surrounding
 
 SCHEMA = 1
 """Version of the saved files."""
+PLACES = 2
+"""Version of `similarity.places`. It matters only where there are several neighbourhoods to choose from."""
 
-ROWS_AT_ONCE = 1_024
+ROWS_AT_ONCE = 512
 """Asked rows that are compared together with all fitted rows. The number bounds memory and changes no result."""
+
+
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Least similarity in the surroundings, in float64 as in float32: fitted and asked rows must be described alike."""
 
 
 @dataclass
@@ -45,7 +52,7 @@ class Estimate:
     ln_price: np.ndarray
     """(m,) float64"""
     surroundings: np.ndarray
-    """(m, 8 P) float32: the columns of `word_models.surroundings`, first by the similarity of everything, then by that
+    """(m, 8 P): the columns of `word_models.surroundings`, first by the similarity of everything, then by that
     of words alone; the prices among them are differences from `ln_price`"""
 
     @classmethod
@@ -112,28 +119,37 @@ class KernelModel:
         return cls(similarity, compared, known, np.stack(centres), members, weights, left_out)
 
     def estimate(self, asked: Features, *, rows_at_once: int = ROWS_AT_ONCE) -> Estimate:
-        """What the fitted rows say of other rows, each in the neighbourhood whose centre is nearest."""
+        """What the fitted rows say of other rows, each in the neighbourhood whose centre is nearest.
+
+        In float64: in float32 the sums depend slightly on which rows are asked together, and a tree that reads them
+        could then take another branch.
+        """
         compared = ComparedRows.of(asked)
         nearest = nearest_centre(places(self.similarity, compared), self.centres)
-        ln_price = torch.empty(len(asked))
-        near = torch.empty(len(asked), 2, len(POWERS), len(COLUMNS))
+        similarity = self.similarity.double()
+        ln_price = np.empty(len(asked))
+        near = torch.empty(len(asked), 2, len(POWERS), len(COLUMNS), dtype=torch.float64)
         for at in np.unique(nearest):
             here = np.flatnonzero(nearest == at)
+            known = self.ln_price[self.members[at]].double()
             gram, near[here] = compare(
-                self.similarity, compared[here], self._rows(at), self.ln_price[self.members[at]],
-                rows_at_once=rows_at_once,
-            )  # fmt: skip
-            ln_price[here] = self.ln_price.mean() + gram @ self.weights[at]
-        return Estimate.of(ln_price.double().numpy(), near)
+                similarity, compared[here].double(), self._members(at), known, rows_at_once=rows_at_once
+            )
+            ln_price[here] = float(self.ln_price.mean()) + (gram @ self.weights[at].double()).numpy()
+        return Estimate.of(ln_price, near)
 
-    def _rows(self, at: int) -> ComparedRows:
-        """The rows of a neighbourhood; the only one holds all rows in their order."""
-        return self.rows if len(self.members) == 1 else self.rows[self.members[at]]
+    def _members(self, at: int) -> ComparedRows:
+        """The rows of a neighbourhood in float64."""
+        return self._all_rows if len(self.members) == 1 else self.rows[self.members[at]].double()
 
-    def save(self, folder: Path) -> None:
-        """Write kernel.npz and kernel.json into `folder`."""
-        arrays: dict[str, Any] = {
-            **self.rows.arrays(),
+    @cached_property
+    def _all_rows(self) -> ComparedRows:
+        """The fitted rows in float64, kept so that single products need not wait for them."""
+        return self.rows.double()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All but the fitted rows as named arrays, which `from_arrays` takes."""
+        return {
             "ln_price": self.ln_price.numpy(),
             "rate": self.similarity.rate.numpy(),
             "scale": self.similarity.scale.numpy(),
@@ -145,6 +161,24 @@ class KernelModel:
             "left_out_ln_price": self.left_out.ln_price,
             "left_out_surroundings": self.left_out.surroundings,
         }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray], rows: ComparedRows) -> KernelModel:
+        """The model of the fitted `rows` whose `arrays` are given."""
+        counts = arrays["member_counts"].tolist()
+        return cls(
+            Similarity(*(torch.from_numpy(arrays[name]) for name in ("rate", "scale", "noise"))),
+            rows,
+            torch.from_numpy(arrays["ln_price"]),
+            arrays["centres"],
+            np.split(arrays["members"], np.cumsum(counts)[:-1]),
+            list(torch.from_numpy(arrays["weights"]).split(counts)),
+            Estimate(arrays["left_out_ln_price"], arrays["left_out_surroundings"]),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write kernel.npz and kernel.json into `folder`."""
+        arrays: dict[str, Any] = self.rows.arrays() | self.arrays()
         with atomic_write(folder / "kernel.npz", "wb") as file:
             np.savez(file, **arrays)
         content = {
@@ -153,6 +187,7 @@ class KernelModel:
             "blocks": len(self.rows.words),
             "views": len(self.rows.views),
             "amounts": list(self.rows.amounts),
+            "places": PLACES,
         }
         write_json(folder / "kernel.json", content)
 
@@ -164,24 +199,25 @@ class KernelModel:
             InputError: a file is absent or damaged, or was written by another version.
         """
         content = read_versioned(folder / "kernel.json", SCHEMA, "fit the model again")
-        try:
-            with np.load(folder / "kernel.npz", allow_pickle=False) as file:
-                arrays = dict(file)
-        except (OSError, EOFError, ValueError, BadZipFile) as error:
-            raise InputError(f"{folder}/kernel.npz: not readable ({error}); fit the model again") from None
+        arrays = read_arrays(folder / "kernel.npz")
+        if len(arrays["member_counts"]) > 1 and content.get("places") != PLACES:
+            raise InputError(
+                f"{folder}/kernel.json: neighbourhoods of an earlier version, to which this one cannot assign rows; "
+                "fit the model again"
+            )
         rows = ComparedRows.from_arrays(
             arrays, blocks=content["blocks"], views=content["views"], amounts=content["amounts"]
         )
-        counts = arrays["member_counts"].tolist()
-        return cls(
-            Similarity(*(torch.from_numpy(arrays[name]) for name in ("rate", "scale", "noise"))),
-            rows,
-            torch.from_numpy(arrays["ln_price"]),
-            arrays["centres"],
-            np.split(arrays["members"], np.cumsum(counts)[:-1]),
-            list(torch.from_numpy(arrays["weights"]).split(counts)),
-            Estimate(arrays["left_out_ln_price"], arrays["left_out_surroundings"]),
-        )
+        return cls.from_arrays(arrays, rows)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file. Raises InputError if the file is absent or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
+        raise InputError(f"{path}: not readable ({error}); fit the model again") from None
 
 
 def _fit_exactly(
@@ -237,25 +273,28 @@ def compare(
 
     Args:
         similarity: what was learned.
-        asked: m rows.
-        fit: n rows with their ln_price (n,).
+        asked: m rows, whose precision the result has.
+        fit: n rows with their ln_price (n,), of the same precision.
         first_self: position of the first asked row among the fitted rows, if the asked rows are fitted rows in the same
             order; none of them may see its own price in its surroundings.
         rows_at_once: asked rows that are compared together.
     """
-    similarities = (similarity, similarity.of_words(len(fit.amounts)))
-    fit_amount = torch.from_numpy(fit.amount)
+    without_amounts = fit.comparisons - len(fit.amounts)
+    of_words = similarity.of_first(without_amounts)
+    fit_amount = torch.from_numpy(fit.amount).to(ln_price.dtype)
     asked_amount = torch.from_numpy(asked.amount)
     grams = []
     near = []
     for slab in torch.arange(len(asked)).split(rows_at_once):
         compared = asked[slab.numpy()].differences(fit)  # (C, rows, n)
-        grams.append(similarity(compared))
+        gram = similarity(compared)
+        grams.append(gram)
         by_similarity = []
-        for one in similarities:
-            log_similarity = one.log(compared)
+        for similar in (gram, of_words(compared[:without_amounts])):
+            # a row unlike all others is as near to each of them, and not to none
+            similar = similar.clamp(min=SMALLEST)
             if first_self is not None:
-                log_similarity[torch.arange(len(slab)), first_self + slab] = -torch.inf  # a weight of 0
-            by_similarity.append(surroundings(log_similarity, ln_price, fit_amount, asked_amount[slab]))
+                similar[torch.arange(len(slab)), first_self + slab] = 0
+            by_similarity.append(surroundings(similar, ln_price, fit_amount, asked_amount[slab]))
         near.append(torch.stack(by_similarity, dim=1))  # (rows, 2, P, 4)
     return torch.cat(grams), torch.cat(near)

@@ -93,9 +93,9 @@ class Kernel:
 
     @classmethod
     def fit(cls, settings: WordModelSettings, features: Features, ln_price: np.ndarray) -> Kernel:
-        from word_models.kernel import KernelModel
+        from word_models.kept_kernels import fit_or_read
 
-        return cls(KernelModel.fit(settings, features, ln_price))
+        return cls(fit_or_read(settings, features, ln_price))
 
     def predict(self, features: Features) -> np.ndarray:
         return self.kernel.estimate(features).ln_price
@@ -124,9 +124,15 @@ class Boosted:
 
     @classmethod
     def fit(cls, settings: WordModelSettings, features: Features, ln_price: np.ndarray) -> Boosted:
-        from word_models.kernel import KernelModel
+        from word_models.kept_kernels import fit_or_read
 
-        kernel = KernelModel.fit(settings, features, ln_price)
+        return cls.on_kernel(fit_or_read(settings, features, ln_price), settings, features, ln_price)
+
+    @classmethod
+    def on_kernel(
+        cls, kernel: KernelModel, settings: WordModelSettings, features: Features, ln_price: np.ndarray
+    ) -> Boosted:
+        """Fit the trees to the errors of a kernel that was fitted on the same rows."""
         # estimates of each fitted row by all others: what a new row's columns look like
         left_out = kernel.left_out
         error = ln_price - left_out.ln_price  # (n,)
@@ -249,9 +255,15 @@ class MlpOnKernel:
 
     @classmethod
     def fit(cls, settings: WordModelSettings, features: Features, ln_price: np.ndarray) -> MlpOnKernel:
-        from word_models.kernel import KernelModel
+        from word_models.kept_kernels import fit_or_read
 
-        kernel = KernelModel.fit(settings, features, ln_price)
+        return cls.on_kernel(fit_or_read(settings, features, ln_price), settings, features, ln_price)
+
+    @classmethod
+    def on_kernel(
+        cls, kernel: KernelModel, settings: WordModelSettings, features: Features, ln_price: np.ndarray
+    ) -> MlpOnKernel:
+        """Fit the network beside a kernel that was fitted on the same rows."""
         # estimates of each fitted row by all others: what a new row's columns look like
         left_out = kernel.left_out
         scaling = KernelScaling.fit(left_out, ln_price)

@@ -31,12 +31,11 @@ class Sizes:
 
     exact: int = 12_000
     """Up to this number of rows the regression is exact. It then holds three matrices of all pairs, 1.7 GB, and the
-    inverse takes a time per row that grows with the square of the rows; here a row takes about twice the time that it
-    takes in neighbourhoods."""
-    home: int = 300
+    inverse takes a time per row that grows with the square of the rows."""
+    home: int = 400
     """Mean number of rows that are at home in a neighbourhood. Fewer rows lie nearer to the centre on average, but
     each neighbourhood costs one matrix of all its pairs."""
-    members: int = 3_000
+    members: int = 4_000
     """Rows of a neighbourhood, home included. Comparing all pairs of them takes most of the time."""
 
     def __post_init__(self) -> None:

@@ -30,6 +30,9 @@ SAMPLE_ROWS = 2_800
 7,000. The inverse at each step costs the cube of this number."""
 LEARNING_RATE = 0.15
 """Highest learning rate. What is learned are logarithms, so a step changes a rate by up to 16 %."""
+AMOUNTS_IN_PLACES = 0.25
+"""Strength of the amounts in `places`. At their full rate, the few rows of unusual amounts would decide which rows are
+near, while most sums of the kernel forgive the amount."""
 WARM_UP = 0.1
 """Fraction of the steps in which the learning rate rises."""
 
@@ -71,17 +74,13 @@ class Similarity:
         exponent = exponent.unflatten(1, differences.shape[1:])  # (G, m, n)
         return torch.einsum("g,gmn->mn", self.scale.exp(), exponent.exp())
 
-    def log(self, differences: Tensor) -> Tensor:
-        """(C, m, n) → (m, n) logarithm of the kernel as a fraction of its largest value."""
-        # equal products have the largest kernel: all exponentials are 1, and the scales remain
-        fraction = self(differences) / self.scale.exp().sum()
-        return fraction.clamp(min=torch.finfo(fraction.dtype).tiny).log()
+    def of_first(self, comparisons: int) -> Similarity:
+        """The same similarity in the first comparisons alone."""
+        return replace(self, rate=self.rate[:, :comparisons])
 
-    def of_words(self, amounts: int) -> Similarity:
-        """The same similarity without the last `amounts` comparisons."""
-        rate = self.rate.clone()
-        rate[:, -amounts:] = -torch.inf  # a rate of 0: the difference does not count
-        return replace(self, rate=rate)
+    def double(self) -> Similarity:
+        """The same similarity in float64."""
+        return Similarity(self.rate.double(), self.scale.double(), self.noise.double())
 
     def with_noise(self, gram: Tensor) -> Tensor:
         """(n, n) kernel of the fitted rows → the matrix that ridge regression inverts."""
@@ -89,10 +88,11 @@ class Similarity:
 
 
 def places(similarity: Similarity, rows: ComparedRows) -> np.ndarray:
-    """Where rows lie, (N, D) float32, so that half the squared distance is how much they differ in views and amounts.
+    """Where rows lie, (N, D) float32: the closer, the more similar in views and amounts.
 
-    It is the exponent of the formula with the mean rate of all sums, weighted by their scales. Words do not enter: the
-    views stand for them, and a random projection of the words beside the views changed no score.
+    Half the squared distance is the exponent of the formula with the mean rate of all sums, weighted by their scales,
+    and with weaker amounts (AMOUNTS_IN_PLACES). Words do not enter: the views stand for them, and a random projection
+    of the words beside the views changed no score.
     """
     weight = torch.softmax(similarity.scale, dim=0)  # (G,)
     rate = (weight @ similarity.rate.exp()).sqrt().numpy()  # (C,)
@@ -101,7 +101,7 @@ def places(similarity: Similarity, rows: ComparedRows) -> np.ndarray:
         # 1 − cosine is half the squared distance of vectors of length 1
         columns.append(rate[position] * view)
     for position, amounts in enumerate(rows.amounts.values(), start=len(rows.words) + len(rows.views)):
-        columns.append(rate[position] * amounts)
+        columns.append(AMOUNTS_IN_PLACES * rate[position] * amounts)
     return np.hstack(columns)
 
 

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     from word_models.embedding_columns import EmbeddingColumns, read_embedding
     from word_models.facts import fact_kinds
     from word_models.features import FeatureBuilder
+    from word_models.memory import require_memory
     from word_models.models import MODELS
     from word_models.saved import WordModel, features_of
 
@@ -54,6 +55,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     folder = workspace.path("run", name=name)
     require_own_folder(folder)
     others = [] if test is None else [test]
+    texts = pd.concat([one["catalog_content"] for one in (table, *others)])
+    require_memory(
+        settings.model,
+        rows=len(texts),
+        characters=int(texts.str.len().sum()),
+        embedding_columns=sum(content.width for content in embeddings.values()),
+    )
     builder = FeatureBuilder.fit(table, others, facts=fact_kinds(workspace))
     features = features_of(builder, encoders, table, embeddings)
 

@@ -162,6 +162,17 @@ def test_a_kept_ensemble_prices_test_as_training_did_and_any_other_table(workspa
     np.testing.assert_allclose(np.log(prices["price"].astype(float)), np.linspace(1, 4, 7), atol=1e-3)
 
 
+def test_a_line_that_the_input_has_twice_is_priced_twice(workspace):
+    ids = workspace.prepared("test")["sample_id"].tolist()
+    lines = [*ids, ids[3], ids[0]]
+    pd.DataFrame({"sample_id": lines}).to_csv(workspace.path("input_ids", split="test"), index=False)
+    train.main(["--workspace", str(workspace.root)])
+    for artefact in ("submission", "intervals"):
+        written = read_table(workspace.path(artefact))
+        assert written["sample_id"].tolist() == lines
+        assert written["price"].iloc[-1] == written["price"].iloc[0]
+
+
 def test_no_test_table_leaves_an_ensemble_and_its_score(workspace):
     workspace.path("prepared", split="test").unlink()
     summary = train.main(["--workspace", str(workspace.root), "--members", "a", "b"])
@@ -211,6 +222,100 @@ def test_the_intervals_of_a_hold_out_know_nothing_of_its_errors(rows):
     np.testing.assert_array_equal(inside[asked], np.abs(ln_error[asked]) <= factor * difficulty[asked])
     # calibrated on their own errors of 3, these intervals would hold nearly all of these rows
     assert inside[asked].mean() < 0.1
+
+
+@pytest.fixture
+def one_holdout(workspace):
+    """A model of hold-out 0 beside the three out-of-fold ones: it has priced folds 0 and 1 only, and well."""
+    holdout_predictions(workspace, "encoder", (0, 1))
+    return workspace
+
+
+def holdout_predictions(workspace, name, folds, error=0.2):
+    rows = workspace.training_table()
+    rows = rows[rows["fold"].isin(folds)]
+    seen = fitted_on(encoder_folds=tuple(fold for fold in range(10) if fold not in folds))
+    noise = np.random.default_rng(5).normal(0, error, len(rows))
+    write(workspace, name, "train", rows["sample_id"], np.log(rows["price"]) + noise, seen=seen)
+    tests = workspace.prepared("test")
+    write(workspace, name, "test", tests["sample_id"], np.full(len(tests), 2.0), seen=seen)
+
+
+def test_members_of_one_hold_out_are_weighed_and_scored_on_its_rows(one_holdout):
+    summary = train.main(["--workspace", str(one_holdout.root), "--members", "a", "encoder"])
+    rows = one_holdout.training_table().set_index("sample_id")
+    held_out = rows[rows["fold"].isin([0, 1])]
+    assert summary["rows"] == len(held_out)
+    by_name = {line["model"]: line for line in summary["members"]}
+    assert by_name["encoder"]["weight"] > 0.6
+
+    # each fold by the weights of the other, by hand
+    ln_predicted = np.stack(
+        [
+            np.log(read_predictions(one_holdout, name, "train").by_id[held_out.index])
+            for name in ("a", "encoder")
+        ],
+        axis=1,
+    )
+    ln_price, fold = np.log(held_out["price"].to_numpy()), held_out["fold"].to_numpy()
+    expected = np.empty(len(held_out))
+    for own, other in ((0, 1), (1, 0)):
+        weights = fit_weights(ln_predicted[fold == other], ln_price[fold == other])
+        expected[fold == own] = ln_predicted[fold == own] @ weights
+    assert summary["smape"] == pytest.approx(smape(np.exp(ln_price), np.exp(expected)))
+    kept = Ensemble.load(one_holdout.path("run", name="ensemble"))
+    np.testing.assert_allclose(kept.weights, fit_weights(ln_predicted, ln_price))
+
+
+def test_prices_of_one_hold_out_say_that_the_weights_saw_its_other_fold(one_holdout):
+    train.main(["--workspace", str(one_holdout.root), "--members", "a", "encoder"])
+    predictions = read_predictions(one_holdout, "ensemble", "train")
+    predictions.require_unseen()
+    assert set(predictions.fold) == {0, 1}
+    assert predictions.meta["fitted_on"][0] == list(range(1, 10))
+    assert predictions.meta["fitted_on"][1] == [0, *range(2, 10)]
+    submission = read_table(one_holdout.path("submission"))
+    assert len(submission) == len(one_holdout.prepared("test"))
+
+
+def test_the_weights_of_a_fold_know_nothing_of_its_prices(rows):
+    ln_predicted, ln_price, fold = rows
+    held_out = np.isin(fold, roles(2).validate)
+    ln_predicted, ln_price, fold = ln_predicted[held_out], ln_price[held_out], fold[held_out]
+    asked = fold == 4
+    before = train.nested_predictions(ln_predicted, ln_price, fold)
+    after = train.nested_predictions(ln_predicted, ln_price + np.log(7) * asked, fold)
+    np.testing.assert_array_equal(after[asked], before[asked])
+    assert np.abs(after[~asked] - before[~asked]).max() > 0.01
+
+
+def test_members_without_two_common_folds_are_refused_by_name(one_holdout):
+    arguments = ["--workspace", str(one_holdout.root), "--members"]
+    holdout_predictions(one_holdout, "other", (2, 3))
+    with pytest.raises(
+        InputError, match="encoder folds 0 1; other folds 2 3; train them out of fold or on the same"
+    ):
+        train.main([*arguments, "encoder", "other"])
+    holdout_predictions(one_holdout, "single", (1,))
+    with pytest.raises(InputError, match="need two folds.*a all folds; single folds 1"):
+        train.main([*arguments, "a", "single"])
+
+
+def test_a_model_of_one_hold_out_is_no_member_unless_it_is_named(one_holdout, capsys):
+    summary = train.main(["--workspace", str(one_holdout.root)])
+    assert "encoder" not in {line["model"] for line in summary["members"]}
+    assert (
+        "left out: encoder has not priced every row of train; --members can name it"
+        in capsys.readouterr().out
+    )
+    assert summary["rows"] == 400
+
+
+def test_the_score_stands_where_the_prices_are_announced(workspace, capsys):
+    summary = train.main(["--workspace", str(workspace.root), "--members", "a", "b"])
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert "test_out.csv: 60 prices" in printed
+    assert f"expect a SMAPE of {summary['smape']:.2f} ± {summary['standard_error']:.2f}" in printed
 
 
 def test_an_interval_is_as_wide_as_its_members_disagree():

@@ -14,6 +14,7 @@ from PIL import Image
 
 from contracts.workspace import Workspace
 from pricing import PriceModel
+from pricing.export import export
 from serving.api import create_service
 from serving.app import TOKEN
 from serving.config import PriceServiceSettings
@@ -321,3 +322,17 @@ def test_an_interval_without_end_is_a_number(client, desk, monkeypatch):
 
     monkeypatch.setattr(type(ensemble), "prices", lambda self, *arguments: endless(*arguments))
     assert client.post("/v1/price", data=TEA).json()["intervals"]["95"]["high"] == 1e12
+
+
+def test_an_exported_system_is_served_like_its_workspace(price_system, client, tmp_path):
+    """An export keeps names and prices of the known products, and neither their pictures nor their facts."""
+    export(price_system, tmp_path / "exported")
+    service = service_of(tmp_path / "exported", tmp_path / "jobs")
+    with TestClient(service.app, base_url="http://127.0.0.1") as exported:
+        answer = exported.post("/v1/price", data=TEA).json()
+        told = exported.get("/v1/model").json()
+    expected = client.post("/v1/price", data=TEA).json()
+    assert answer["price"] == pytest.approx(expected["price"], rel=1e-4)
+    assert [item["id"] for item in answer["neighbours"]] == [item["id"] for item in expected["neighbours"]]
+    assert all(item["picture"] is None for item in answer["neighbours"])
+    assert told["table_columns"] == ["sample_id", "catalog_content", "image_link"]

@@ -10,6 +10,7 @@ import pytest
 
 from contracts.catalog import read_table
 from contracts.embeddings import Embeddings, read_embeddings, write_embeddings
+from contracts.errors import InputError
 from contracts.files import read_json
 from contracts.splits import N_FOLDS, fitted_on, leaked_folds, split_hash
 from contracts.workspace import EMBEDDINGS, QWEN_TEXT, Workspace
@@ -75,6 +76,71 @@ def write_one_informative_embedding(workspace: Workspace) -> None:
         write_embeddings(workspace.path("embeddings", name=name, split="train"), content)
 
 
+def add_feature(workspace: Workspace, values: np.ndarray) -> None:
+    """Give the prepared training table a category of its own."""
+    path = workspace.path("prepared", split="train")
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    rows["feature_kind"] = values
+    rows.to_csv(path, index=False)
+
+
+def test_groups_choose_the_variants(sample_workspace):
+    settings = ablation.AblationSettings(workspace=sample_workspace, groups=("experts",))
+    chosen = ablation.chosen_variants(settings)
+    assert [(variant.group, variant.name) for variant in chosen] == [
+        (ablation.REFERENCE.group, ablation.REFERENCE.name), ("experts", "1"), ("experts", "2"), ("experts", "5"),
+    ]  # fmt: skip
+    everything = ablation.chosen_variants(ablation.AblationSettings(workspace=sample_workspace))
+    assert everything == ablation.VARIANTS
+    with pytest.raises(InputError, match="--groups depth, features: choose from attention, "):
+        ablation.chosen_variants(
+            ablation.AblationSettings(workspace=sample_workspace, groups=("depth", "features"))
+        )
+
+
+def test_a_table_with_features_has_one_more_variant(sample_workspace, tmp_path):
+    shutil.copytree(sample_workspace / "data", tmp_path / "data")
+    rows = Workspace(tmp_path).prepared("train")
+    add_feature(Workspace(tmp_path), np.full(len(rows), "tea"))
+    settings = ablation.AblationSettings(workspace=tmp_path)
+    assert ablation.chosen_variants(settings) == [*ablation.VARIANTS, ablation.WITH_FEATURES]
+
+
+def test_widths_of_branches_follow_the_preset():
+    wide = next(variant for variant in ablation.VARIANTS if variant.name == "texts twice as wide")
+    tiny = ablation.AblationSettings(preset="tiny")
+    base = ablation.AblationSettings(preset="base")
+    assert ablation.flags_of(tiny, wide) == ["--branch-widths", "qwen_text=128", "siglip_text=128"]
+    assert ablation.flags_of(base, wide) == ["--branch-widths", "qwen_text=1024", "siglip_text=1024"]
+
+
+@pytest.mark.slow
+def test_ablation_reads_the_columns_of_the_table_in_one_variant_only(sample_workspace, tmp_path, monkeypatch):
+    shutil.copytree(sample_workspace / "data", tmp_path / "data")
+    workspace = Workspace(tmp_path)
+    write_one_informative_embedding(workspace)
+    rows = workspace.prepared("train")
+    third_of_price = pd.qcut(rows["price"], 3, labels=["cheap", "medium", "dear"])
+    add_feature(workspace, third_of_price.astype(str))
+    without_price = ablation.Variant("left out", QWEN_TEXT, ablation.without(QWEN_TEXT))
+    features_alone = ablation.Variant("features", "alone", (*without_price.flags, "tabular"))
+    monkeypatch.setattr(ablation, "VARIANTS", [ablation.REFERENCE, without_price, features_alone])
+    monkeypatch.setattr(ablation, "WITH_FEATURES", ablation.WITH_FEATURES._replace(name="with all"))
+    table = ablation.main(
+        ["--workspace", str(tmp_path), "--seeds", "0", "--out", str(tmp_path / "ablation")]
+    ).set_index("variant")
+    # the columns say a third of the price: where the embedding is gone, they must show, and only where named
+    assert table.loc["alone", "smape"] < table.loc[QWEN_TEXT, "smape"] - 5
+    used = {}
+    for folder in workspace.path("run", name="ablation").iterdir():
+        used[folder.name] = read_json(folder / "inputs.json")["widths"]
+    assert ["tabular" in widths for name, widths in sorted(used.items()) if name.startswith("features")] == [
+        True,
+        True,
+    ]
+    assert not any("tabular" in widths for name, widths in used.items() if not name.startswith("features"))
+
+
 @pytest.mark.slow
 def test_ablation_study_pairs_each_variant_with_the_reference(sample_workspace, tmp_path, monkeypatch):
     shutil.copytree(sample_workspace / "data", tmp_path / "data")
@@ -98,6 +164,16 @@ def test_ablation_study_pairs_each_variant_with_the_reference(sample_workspace, 
     left_out = table.loc[QWEN_TEXT]
     assert reference["difference"] == 0
     assert reference["runs"] == 2
+    by_seed = [
+        read_json(
+            Workspace(tmp_path).path("run", name=f"ablation/reference_hierarchical__smape_tanh_0_{seed}")
+            / "summary.json"
+        )
+        for seed in (0, 1)
+    ]
+    assert reference["smape"] == pytest.approx(np.mean([summary["validation_smape"] for summary in by_seed]))
+    assert reference["epochs"] == round(np.mean([summary["epochs"] for summary in by_seed]))
+    assert reference["parameters"] == by_seed[0]["parameters"]
     assert left_out["difference"] > 5  # the price is gone
     assert left_out["smape"] - reference["smape"] == pytest.approx(left_out["difference"])
 

@@ -8,7 +8,7 @@ from contracts.errors import InputError
 from contracts.files import read_json, write_json
 from contracts.smape import smape
 from contracts.workspace import Workspace
-from word_models.compared import ComparedRows
+from word_models.compared import FEW_ROWS, ComparedRows
 from word_models.config import WordModelSettings
 from word_models.features import build_features
 from word_models.kernel import KernelModel, compare
@@ -79,8 +79,22 @@ def test_predictions_do_not_depend_on_how_many_rows_are_compared_at_once(product
     asked = features[np.arange(200, 400)]
     whole = model.estimate(asked)
     slabs = model.estimate(asked, rows_at_once=37)
-    np.testing.assert_allclose(slabs.ln_price, whole.ln_price, rtol=1e-5)
-    np.testing.assert_allclose(slabs.surroundings, whole.surroundings, atol=1e-4)
+    np.testing.assert_allclose(slabs.ln_price, whole.ln_price, atol=1e-9)
+    np.testing.assert_allclose(slabs.surroundings, whole.surroundings, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [3, FEW_ROWS + 1, 60])
+def test_differences_do_not_depend_on_how_words_are_multiplied(products, count):
+    """Common terms as dense columns, rare ones as sparse ones, or all as sparse ones for few rows."""
+    features, _ = products
+    fit = ComparedRows.of(features)
+    asked = fit[np.arange(count)]
+    found = asked.double().differences(fit)
+    assert found.dtype == torch.float64
+    for block, by_block in zip(fit.words, found, strict=False):
+        rows = block.toarray().astype(np.float64)
+        np.testing.assert_allclose(by_block.numpy(), 1 - rows[:count] @ rows.T, atol=1e-6)
+    torch.testing.assert_close(asked.differences(fit).double(), found, atol=1e-5, rtol=1e-5)
 
 
 def test_surroundings_are_weighted_least_squares():
@@ -91,7 +105,7 @@ def test_surroundings_are_weighted_least_squares():
         *rng.normal(size=(2, 40)),
         rng.normal(size=3),
     )
-    found = surroundings(*(torch.from_numpy(x) for x in (np.log(similarity), ln_price, fit_amount, amount)))
+    found = surroundings(*(torch.from_numpy(x) for x in (similarity, ln_price, fit_amount, amount)))
     assert found.shape == (3, len(POWERS), len(COLUMNS))
     for row in range(3):
         for power, columns in zip(POWERS, found[row].tolist(), strict=True):
@@ -126,7 +140,7 @@ def test_surroundings_of_a_fitted_row_are_those_without_it(products):
 
 
 def test_a_row_unlike_all_others_has_the_mean_of_all():
-    far = torch.full((1, 4), torch.finfo(torch.float32).tiny).log()
+    far = torch.full((1, 4), torch.finfo(torch.float32).tiny)
     prices = torch.tensor([1.0, 2.0, 3.0, 6.0])
     found = surroundings(far, prices, torch.zeros(4), torch.zeros(1))
     assert found[0, :, 0].tolist() == [3.0] * len(POWERS) and found.isfinite().all()

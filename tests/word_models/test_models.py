@@ -109,10 +109,12 @@ def test_a_price_depends_on_its_row_alone_and_survives_saving(features, ln_price
     asked = features[np.arange(300, 400)]
     batch = model.predict(asked)
     assert batch.dtype == np.float64 and batch.std() > 0.01
+    # the networks compute in float32, in which a sum depends slightly on how many rows are added up together
+    tolerance = 1e-5 if "mlp" in kind else 1e-9
     order = np.random.default_rng(0).permutation(100)
-    np.testing.assert_allclose(model.predict(asked[order]), batch[order], rtol=1e-5)
+    np.testing.assert_allclose(model.predict(asked[order]), batch[order], rtol=tolerance)
     alone = [model.predict(asked[[row]])[0] for row in range(10)]
-    np.testing.assert_allclose(alone, batch[:10], rtol=1e-5)
+    np.testing.assert_allclose(alone, batch[:10], rtol=tolerance)
 
     model.save(tmp_path)
     np.testing.assert_allclose(MODELS[kind].load(tmp_path).predict(asked), batch, rtol=1e-12)

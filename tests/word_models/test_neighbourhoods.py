@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from contracts.errors import InputError
+from contracts.files import read_json, write_json
 from contracts.workspace import Workspace
 from word_models.compared import ComparedRows
 from word_models.config import WordModelSettings
 from word_models.features import build_features
 from word_models.kernel import KernelModel
 from word_models.neighbourhoods import Sizes, nearest_centre, neighbourhoods
-from word_models.similarity import learn, places
+from word_models.similarity import AMOUNTS_IN_PLACES, learn, places
 
 SETTINGS = WordModelSettings(model="kernel", kernel_steps=15)
 SMALL = Sizes(exact=0, home=20, members=90)
@@ -75,11 +77,12 @@ def test_equal_rows_do_not_make_a_neighbourhood_too_large(learned):
     assert len(of_the_equal) >= 4 and sum(one.centre is not None for one in of_the_equal) == 1
 
 
-def test_places_are_as_far_apart_as_views_and_amounts_differ(learned):
+def test_places_are_as_far_apart_as_views_and_weaker_amounts_differ(learned):
     similarity, compared = learned
     where = torch.from_numpy(places(similarity, compared)).double()
     weight = similarity.scale.exp() / similarity.scale.exp().sum()
     rate = weight @ similarity.rate.exp()
+    rate[-len(compared.amounts) :] *= AMOUNTS_IN_PLACES**2
     blocks = len(compared.words)
     expected = torch.einsum("c,cmn->mn", rate[blocks:], compared.differences(compared)[blocks:])
     found = 0.5 * torch.cdist(where, where).square()
@@ -130,7 +133,7 @@ def test_a_new_row_is_priced_by_the_nearest_neighbourhood_alone(products, learne
     asked = np.arange(ROWS, 400)
     together = model.estimate(features[asked])
     backwards = model.estimate(features[asked[::-1]])
-    np.testing.assert_allclose(backwards.ln_price[::-1], together.ln_price, atol=1e-5)
+    np.testing.assert_allclose(backwards.ln_price[::-1], together.ln_price, atol=1e-9)
     for at in (0, 50, 99):
         alone = model.estimate(features[asked[[at]]])
         assert alone.ln_price[0] == pytest.approx(together.ln_price[at], abs=1e-5)
@@ -176,3 +179,18 @@ def test_a_saved_model_of_neighbourhoods_estimates_the_same(products, learned, t
     expected = model.estimate(asked)
     np.testing.assert_allclose(found.ln_price, expected.ln_price, atol=2e-5)
     np.testing.assert_allclose(found.surroundings, expected.surroundings, atol=1e-4)
+
+
+def test_neighbourhoods_of_other_places_are_refused(products, learned, tmp_path):
+    """A new row would be priced far from its neighbours. A single neighbourhood needs no places."""
+    _, ln_price = products
+    for sizes, refused in ((SMALL, True), (Sizes(exact=ROWS), False)):
+        fit(learned, ln_price, sizes).save(tmp_path)
+        content = read_json(tmp_path / "kernel.json")
+        del content["places"]
+        write_json(tmp_path / "kernel.json", content)
+        if refused:
+            with pytest.raises(InputError, match="kernel.json: neighbourhoods of an earlier version"):
+                KernelModel.load(tmp_path)
+        else:
+            assert len(KernelModel.load(tmp_path).rows) == ROWS

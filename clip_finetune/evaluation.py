@@ -15,8 +15,8 @@ from tqdm import tqdm
 from clip_finetune.config import ClipSettings
 from clip_finetune.model import PriceClip
 from clip_finetune.pictures import Data, load_batches, split
-from contracts.errors import InputError
 from contracts.smape import smape
+from training.run_folder import Diverged
 
 
 def evaluate(
@@ -27,18 +27,19 @@ def evaluate(
     Retrieval looks for a picture's own text among the texts of all `rows`. Without rows there are no metrics.
 
     Raises:
-        InputError: the model no longer gives finite numbers.
+        Diverged: the model no longer gives finite numbers.
     """
     if len(rows) == 0:
         return {}
     features = encode_rows(model, data, rows, settings, accelerator)
-    if not all(np.isfinite(values).all() for values in features.values()):
-        raise InputError(
+    price = np.expm1(features["log_price"]) if "log_price" in features else np.empty(0)
+    if not all(np.isfinite(values).all() for values in (price, *features.values())):
+        raise Diverged(
             f"{settings.run}: the model gives NaN for a picture or text; lower --lr or use --precision fp32"
         )
     metrics = {}
     if model.price_head is not None:
-        metrics["smape"] = smape(data.table["price"].to_numpy()[rows], np.expm1(features["log_price"]))
+        metrics["smape"] = smape(data.table["price"].to_numpy()[rows], price)
     image = torch.from_numpy(features["image"]).to(accelerator.device)
     text = torch.from_numpy(features["text"]).to(accelerator.device)
     return metrics | retrieval(image, text, model.clip.logit_scale.exp().detach())

@@ -19,8 +19,9 @@ from clip_finetune.pictures import Data, epoch_steps, load_steps
 from contracts.errors import InputError
 from training.best_weights import BestWeights
 from training.processes import reduce_gradients
-from training.run_folder import RunFolder, require_finite
+from training.run_folder import Diverged, RunFolder, require_finite
 from training.schedule import learning_rate_factor
+from training.stopping import StopRequest, stop_on_sigterm
 
 LARGEST_LOGIT_SCALE = math.log(100)  # CLIP's own bound on the logarithm of the factor on the cosine
 
@@ -63,9 +64,13 @@ class Training:
         """
         if self.settings.resume:
             self.restore()
-        for epoch in range(self.position.epoch, self.settings.epochs):
-            self.train_epoch(epoch)
-            self.finish_epoch(epoch)
+        with stop_on_sigterm(self.accelerator.device) as stop:
+            try:
+                for epoch in range(self.position.epoch, self.settings.epochs):
+                    self.train_epoch(epoch, stop)
+                    self.finish_epoch(epoch)
+            except Diverged as error:
+                self.best.survive(error)
         self.best.load()
         return {"epoch": self.best.epoch, "score": self.best.score, **self.position.best_metrics}
 
@@ -73,8 +78,8 @@ class Training:
         """The rows of each step of an epoch, for all processes together."""
         return epoch_steps(self.data.fit, self.settings, epoch, self.accelerator.num_processes)
 
-    def train_epoch(self, epoch: int) -> None:
-        """Take the steps of one epoch that have not been taken yet."""
+    def train_epoch(self, epoch: int, stop: StopRequest) -> None:
+        """Take the steps of one epoch that have not been taken yet, or those until `stop` asks to end."""
         settings = self.settings
         self.model.train()
         unfreeze(self.model, settings.unfreeze_blocks + epoch * settings.unfreeze_per_epoch)
@@ -92,6 +97,9 @@ class Training:
                 progress.set_postfix(loss=f"{loss:.3f}")
                 if settings.checkpoint_steps and self.position.step % settings.checkpoint_steps == 0:
                     self.save_checkpoint()
+                if stop():
+                    self.save_checkpoint()
+                    stop.leave()
 
     def train_step(self, batches: list[dict[str, Tensor]]) -> float:
         """Take one step over the micro-batches of this process, log it and return its loss."""
@@ -144,6 +152,8 @@ class Training:
         """Score the epoch on the stop rows, keep its weights if they are the best so far, and save a checkpoint."""
         position = self.position
         metrics = evaluation.evaluate(self.model, self.data, self.data.stop, self.settings, self.accelerator)
+        for name, value in metrics.items():  # on every process, as in each step
+            require_finite(value, name=name, run=self.settings.run, step=position.step)
         # without stop rows every epoch counts as better, so the last one is kept
         score = metrics.get("smape", metrics.get("contrastive", -position.step))
         if self.best.offer(score, epoch + 1):

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from open_clip.pretrained import download_pretrained
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clip_finetune.config import ClipSettings
 from contracts.errors import InputError
 from contracts.files import write_json
 from training.device import missing_model, require_model_source
-from training.run_folder import save_weights
+from training.run_folder import read_weights, save_weights
+from training.sealed import require_whole
 
 TINY = {
     "embed_dim": 64,
@@ -166,12 +166,13 @@ def save_model(folder: Path, model: PriceClip) -> None:
 
 
 def load_model(folder: Path) -> PriceClip:
-    """The model of a finished run, in evaluation mode."""
+    """The model of a finished run, in evaluation mode. Raises InputError where one of its files is damaged."""
+    require_whole(folder)
     clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
     model_cfg = open_clip.get_model_config(f"local-dir:{folder}")
     model = PriceClip(clip, model_cfg, with_price=(folder / HEAD).is_file())
     if model.price_head is not None:
-        model.price_head.load_state_dict(load_file(folder / HEAD))
+        model.price_head.load_state_dict(read_weights(folder / HEAD))
     return model.eval()
 
 

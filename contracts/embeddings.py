@@ -238,7 +238,7 @@ def iterate_embeddings(path: Path | str) -> Iterator[Embeddings]:
 
 def is_current(path: Path | str, meta: dict[str, Any]) -> bool:
     """Whether the file is there and was made with this meta: same rows, weights and settings, whatever the command."""
-    if not sidecar_of(Path(path)).is_file():
+    if not (Path(path).is_file() and sidecar_of(Path(path)).is_file()):
         return False
     stored = read_json(sidecar_of(Path(path)))
     return all(stored.get(key) == value for key, value in meta.items() if key != "command")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from contracts import splits
 from contracts.embeddings import Embeddings
-from contracts.errors import InputError
+from contracts.errors import InputError, listed
 from contracts.files import read_json
 from contracts.predictions import write_in_input_order, write_predictions
 from contracts.workspace import Workspace
@@ -41,7 +41,8 @@ from fusion.seeds import SeedAverage
 from fusion.tabular import TableColumns
 from fusion.target import Target
 from training.device import choose_device
-from training.run_folder import RunFolder, part_folder
+from training.run_folder import RunFolder, part_folder, read_weights
+from training.sealed import require_whole
 
 INPUTS = "inputs.json"
 """What a model was trained on: widths and encoders of the embeddings, the columns of the table. Written behind the
@@ -124,20 +125,23 @@ def is_out_of_fold(folder: Path) -> bool:
 
 
 def open_model(package: Package, workspace: Workspace, run: str, device: torch.device) -> TrainedModel:
-    """The model in a folder of a run, or the mean of those in its seed folders."""
-    from safetensors.torch import load_file
+    """The model in a folder of a run, or the mean of those in its seed folders.
 
+    Raises InputError where one of its files is damaged.
+    """
     folder = workspace.path("run", name=run)
     settings = RunFolder(folder).settings(package.settings)
     folders = [folder]
     if settings.seeds > 1:
         folders = [folder / seed_folder(number) for number in range(settings.seeds)]
+    for one in (folder, *folders):
+        require_whole(one)
     inputs = read_json(folders[0] / INPUTS)
     target = Target(settings, inputs["mean_log_price"], inputs["mean_price"])
     models = []
     for of_seed in folders:
         model = package.build_model(settings, inputs["widths"])
-        model.load_state_dict(load_file(of_seed / WEIGHTS))
+        model.load_state_dict(read_weights(of_seed / WEIGHTS))
         models.append(model)
     whole = models[0] if len(models) == 1 else SeedAverage(models, target)
     whole.to(device).eval()
@@ -254,7 +258,12 @@ def write_prices(package: Package, applied: PredictSettings, split: str) -> pd.D
     table = load_for(trained, split)
     log_price = price_table(trained, table, int8=applied.int8)
     price = np.expm1(log_price)
-    assert np.isfinite(price).all() and (price > 0).all()
+    usable = np.isfinite(price) & (price > 0)
+    if not usable.all():
+        ids = table.rows["sample_id"].to_numpy()[~usable].tolist()
+        raise InputError(
+            f"{run}: no price above 0 for sample_id {listed(ids)}; train it again with a lower --lr"
+        )
     path = write_predictions(
         trained.workspace,
         run,

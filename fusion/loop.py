@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -24,7 +25,8 @@ from fusion.step import TrainingStep
 from fusion.target import Target
 from training.best_weights import BestWeights
 from training.processes import from_first_process, process
-from training.run_folder import RunFolder
+from training.run_folder import Diverged, RunFolder, require_finite
+from training.stopping import stop_on_sigterm
 
 
 def hide_modalities(valid: Tensor, chance: float, generator: torch.Generator | None = None) -> Tensor:
@@ -110,23 +112,48 @@ def train(
         epoch = _restore(checkpoint, best, step, scheduler)
 
     bar = progress_bar(settings, total=settings.epochs, done=epoch, shown=run is not None)
-    while epoch < settings.epochs and epoch - best.epoch < settings.patience:
-        epoch += 1
-        fit_epoch(step, fit, epoch, run)
-        log_price = dealt(lambda share: predict(model, table, share, target), stop, step.device)
-        stop_smape = smape(stop_price, log_price.double().expm1().numpy())
-        stop_smape = from_first_process(stop_smape)  # so that all processes stop at the same epoch
-        if run:
-            run.log(epoch, epoch=epoch, **{"stop/smape": stop_smape})
-        scheduler.step(stop_smape)
-        best.offer(stop_smape, epoch)
-        if run and epoch % settings.save_epochs == 0:
-            run.save_checkpoint(epoch, best.tensors(), _state(epoch, best, step, scheduler))
-        bar.set_postfix(stop_smape=f"{stop_smape:.2f}", best=f"{best.score:.2f}", refresh=False)
-        bar.update()
+    with stop_on_sigterm(step.device) as stop_request:
+        while epoch < settings.epochs and epoch - best.epoch < settings.patience:
+            epoch += 1
+            try:
+                fit_epoch(step, fit, epoch, run)
+                stop_smape = score(model, table, stop, stop_price, target, settings, epoch)
+            except Diverged as error:
+                best.survive(error)
+                break
+            if run:
+                run.log(epoch, epoch=epoch, **{"stop/smape": stop_smape})
+            scheduler.step(stop_smape)
+            best.offer(stop_smape, epoch)
+            stops = stop_request()
+            if run and (stops or epoch % settings.save_epochs == 0):
+                run.save_checkpoint(epoch, best.tensors(), _state(epoch, best, step, scheduler))
+            if stops:
+                stop_request.leave()
+            bar.set_postfix(stop_smape=f"{stop_smape:.2f}", best=f"{best.score:.2f}", refresh=False)
+            bar.update()
     bar.close()
     best.load()
     return {"epochs": epoch, "best_epoch": best.epoch, "stop_smape": best.score}
+
+
+def score(
+    model: nn.Module,
+    table: FusionTable,
+    rows: Tensor,
+    price: np.ndarray,
+    target: Target,
+    settings: TrainingSettings,
+    epoch: int,
+) -> float:
+    """SMAPE of rows (n,) whose price (n,) is known, the same on all processes, which then stop at the same epoch.
+
+    Raises Diverged when a predicted price is not finite.
+    """
+    log_price = dealt(lambda share: predict(model, table, share, target), rows, table.valid.device)
+    predicted = log_price.double().expm1()
+    require_finite(float(predicted.sum()), name="a price of the stop rows", run=settings.run, step=epoch)
+    return from_first_process(smape(price, predicted.numpy()))
 
 
 def train_by_schedule(
@@ -155,23 +182,28 @@ def train_by_schedule(
         epoch = state["epoch"]
 
     bar = progress_bar(settings, total=len(learning_rates), done=epoch, shown=run is not None)
-    while epoch < len(learning_rates):
-        step.set_learning_rate(learning_rates[epoch])
-        epoch += 1
-        fit_epoch(step, fit, epoch, run)
-        if run and epoch % settings.save_epochs == 0:
-            state = {"epoch": epoch, "optimizer": step.optimizer.state_dict()}
-            run.save_checkpoint(epoch, model.state_dict(), state)
-        bar.update()
+    with stop_on_sigterm(step.device) as stop_request:
+        while epoch < len(learning_rates):
+            step.set_learning_rate(learning_rates[epoch])
+            epoch += 1
+            fit_epoch(step, fit, epoch, run)
+            stops = stop_request()
+            if run and (stops or epoch % settings.save_epochs == 0):
+                state = {"epoch": epoch, "optimizer": step.optimizer.state_dict()}
+                run.save_checkpoint(epoch, model.state_dict(), state)
+            if stops:
+                stop_request.leave()
+            bar.update()
     bar.close()
     return {"epochs": epoch}
 
 
 def fit_epoch(step: TrainingStep, fit: Tensor, epoch: int, run: RunFolder | None) -> None:
-    """One epoch on rows `fit`; logs its mean loss and learning rate."""
+    """One epoch on rows `fit`; logs its mean loss and learning rate. Raises Diverged on all processes alike."""
     step.module.train()
     rows, visible = epoch_rows(step.table, fit, step.settings, epoch)
     loss = train_epoch(step, rows, visible).item()
+    require_finite(loss, name="train/loss", run=step.settings.run, step=epoch)
     if run:
         lr = float(step.optimizer.param_groups[0]["lr"])
         run.log(epoch, epoch=epoch, **{"train/loss": loss, "lr": lr})
@@ -179,7 +211,7 @@ def fit_epoch(step: TrainingStep, fit: Tensor, epoch: int, run: RunFolder | None
 
 def learning_rates_until_best(metrics: list[dict[str, float]], best_epoch: int) -> list[float]:
     """The learning rate of each epoch of a run up to its best one, from what `fit_epoch` logged."""
-    # a run that was interrupted before its first checkpoint has logged its first epochs twice: the second time counts
+    # runs of older versions that were interrupted early have logged their first epochs twice: the second time counts
     rates = {line["epoch"]: line["lr"] for line in metrics if "lr" in line}
     return [rates[epoch] for epoch in range(1, best_epoch + 1)]
 

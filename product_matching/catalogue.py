@@ -13,6 +13,10 @@ from contracts.errors import InputError
 from product_matching.config import MAX_CHARACTERS
 
 COLUMNS = ("id", "title", "brand", "model", "category", "description", "price", "upc")
+PAIR_FIELDS = ("title", "brand", "model", "price", "category", "description")
+"""Fields that a cross-encoder reads, in this order: what lies beyond its number of tokens is cut off."""
+PAIR_FIELD_CHARACTERS = 600
+"""Characters of a field that its tokenizer sees; 96 tokens are some 400."""
 
 # Shorter words of letters and digits are mostly sizes and amounts, such as 32in or 8mp.
 _MODEL_NUMBER = re.compile(r"(?=.*[a-z])(?=.*\d)\w{5,}")
@@ -41,6 +45,18 @@ def _text(title: str, brand: str, model: str) -> str:
         brand = ""
     number = _letters_and_digits(model) or model_number(title)
     return " ".join(field for field in (brand, title, number) if field)
+
+
+def record_texts(table: pd.DataFrame) -> list[str]:
+    """What a cross-encoder reads of each record: its fields that are not empty, each after its name."""
+    texts = []
+    for values in zip(*(table[field] for field in PAIR_FIELDS), strict=True):
+        fields = []
+        for field, value in zip(PAIR_FIELDS, values, strict=True):
+            if value:
+                fields.append(f"{field}: {value[:PAIR_FIELD_CHARACTERS]}")
+        texts.append(" | ".join(fields))
+    return texts
 
 
 def model_number(title: str) -> str:

@@ -14,6 +14,7 @@ from training.device import (
     choose_device,
     guard_torchvision,
     missing_model,
+    prefer_cache_offline,
     require_model_source,
 )
 
@@ -36,6 +37,7 @@ def load_encoder(name: str, *, max_length: int = 128, device: str = "auto") -> S
     """
     source = require_model_source(name)
     guard_torchvision()
+    prefer_cache_offline(source)
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 

@@ -3,6 +3,7 @@
     python -m product_matching.evaluate --pairs ../shared/data/matching/walmart_amazon \\
         --model checkpoints/product_matching/model --label "LoRA, seed 0" \\
         --out studies/results/product_matching_scores.csv
+    python -m product_matching.evaluate --pairs catalogues --decision checkpoints/match_decision/decision
 
 Queries are the left records of the split's matches, and the corpus is every right record. The threshold of the pair
 decision is the best one on the validation pairs, whatever split is scored.
@@ -24,6 +25,8 @@ from contracts.files import atomic_write, write_json
 from product_matching.calibration import HIGH, Calibration
 from product_matching.catalogue import product_text
 from product_matching.config import EvaluateSettings
+from product_matching.decide import candidate_rows
+from product_matching.decision import DecisionModel, Records, f1_scores, rows_of
 from product_matching.encoder import ENCODING_BATCH, encode, load_encoder
 from product_matching.pairs import Pairs, read_pairs
 from training.settings import parse_settings
@@ -153,7 +156,11 @@ def confidence(embedded: EmbeddedPairs, split: str, calibration: Calibration) ->
         high_precision, high_recall: those of calling every pair of high confidence a match.
     """
     cosine, match = embedded.scores(split)
-    probability = calibration.probability(cosine)
+    return confidence_scores(calibration.probability(cosine), match)
+
+
+def confidence_scores(probability: np.ndarray, match: np.ndarray) -> dict[str, float]:
+    """The scores of `confidence` for the probability (n,) and label (n,) bool of n pairs."""
     bin_of_pair = (probability * CALIBRATION_BINS).astype(int)
     bin_of_pair = np.minimum(bin_of_pair, CALIBRATION_BINS - 1)  # probability 1 belongs to the last bin
     gap_of_pair = probability - match
@@ -164,6 +171,84 @@ def confidence(embedded: EmbeddedPairs, split: str, calibration: Calibration) ->
         "high_precision": float((match & high).sum() / max(1, high.sum())),
         "high_recall": float((match & high).sum() / max(1, match.sum())),
     }
+
+
+def ranking_scores(relevant: np.ndarray, matches: np.ndarray) -> dict[str, float]:
+    """The scores of `retrieval` for ranked candidates.
+
+    Args:
+        relevant: (queries, candidates) bool, which candidates are a match, the best candidate first.
+        matches: (queries,) int, matches of each query in the whole corpus.
+    """
+    places = np.arange(1, relevant.shape[1] + 1)
+    first = np.where(relevant.any(axis=1), relevant.argmax(axis=1) + 1.0, np.inf)
+    discount = 1 / np.log2(places[:10] + 1)
+    gain = (relevant[:, :10] * discount[: relevant.shape[1]]).sum(axis=1)
+    ideal = np.array([discount[: min(count, 10)].sum() for count in matches.tolist()])
+    return {
+        "recall_at_1": float((first <= 1).mean()),
+        "recall_at_10": float((first <= 10).mean()),
+        "mrr": float((1 / first).mean()),
+        "ndcg_at_10": float((gain / ideal).mean()),
+    }
+
+
+def evaluate_decision(
+    decision: DecisionModel, pairs: Pairs, split: str = "test", *, candidates: int = 20
+) -> dict[str, float]:
+    """All scores of one split with a trained decision: retrieval after re-ranking, the pair decision, the confidence.
+
+    Args:
+        candidates: records per query that the first stage finds and the decision orders again.
+    """
+    left = decision.records(pairs.left)
+    right = decision.records(pairs.right)
+    rows, relevant, matches = query_candidates(pairs, left, right, split, candidates)
+    probability = decision.decide(left, right, rows, progress=True).probability
+    labelled = pairs.of(split)
+    verdicts = decision.decide(
+        left, right, rows_of(pairs.left["id"], pairs.right["id"], labelled), progress=True
+    )
+    match = labelled["match"].to_numpy(bool)
+    return {
+        **ranking_scores(reordered(relevant, probability), matches),
+        "candidate_recall": float(relevant.any(axis=1).mean()),
+        "queries": len(relevant),
+        "corpus": len(pairs.right),
+        "threshold": decision.threshold,
+        **f1_scores(verdicts.match, match),
+        **confidence_scores(verdicts.probability, match),
+    }
+
+
+def query_candidates(
+    pairs: Pairs, left: Records, right: Records, split: str, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the first stage finds for the queries of a split.
+
+    Returns:
+        rows (queries · count, 2) int, places of the records of each candidate pair, query by query; relevant
+        (queries, count) bool, which of them are a match; and the number of matches of each query.
+
+    Raises:
+        InputError: the split has no matches.
+    """
+    matches = pairs.matches(split)
+    if matches.empty:
+        raise InputError(f"the {split} split has no matches")
+    matched = rows_of(pairs.left["id"], pairs.right["id"], matches)
+    queries, matches_of_query = np.unique(matched[:, 0], return_counts=True)
+    rows = candidate_rows(left.vectors[queries], right.vectors, count)
+    rows[:, 0] = queries[rows[:, 0]]
+    known = set(map(tuple, matched.tolist()))
+    relevant = np.array([tuple(pair) in known for pair in rows.tolist()]).reshape(len(queries), -1)
+    return rows, relevant, matches_of_query
+
+
+def reordered(relevant: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """`relevant` (queries, candidates) with the candidates of each query in the order of their falling score."""
+    order = np.argsort(-score.reshape(relevant.shape), axis=1, kind="stable")
+    return np.take_along_axis(relevant, order, axis=1)
 
 
 def evaluate(
@@ -197,10 +282,18 @@ def add_row(path: Path, row: dict[str, object]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(EvaluateSettings, argv, description="Score an encoder on labelled pairs.")
     pairs = read_pairs(settings.pairs)
-    encoder = load_encoder(settings.model, max_length=settings.max_length, device=settings.device)
-    scores, calibration = evaluate(encoder, pairs, settings.split, plain=settings.plain_text)
+    if settings.decision:
+        if settings.calibration:
+            raise InputError(
+                "--calibration is of a cosine; a decision has its own, so leave one of the two out"
+            )
+        decision = DecisionModel.load(settings.decision, device=settings.device)
+        scores = evaluate_decision(decision, pairs, settings.split, candidates=settings.candidates)
+    else:
+        encoder = load_encoder(settings.model, max_length=settings.max_length, device=settings.device)
+        scores, calibration = evaluate(encoder, pairs, settings.split, plain=settings.plain_text)
     dataset = Path(settings.pairs).resolve().name
-    label = settings.label or settings.model
+    label = settings.label or settings.decision or settings.model
     print(f"{dataset}, {settings.split}: {label}")
     for name, value in scores.items():
         written = f"{value:.4f}" if isinstance(value, float) else value

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from contracts.errors import InputError, run_entry_point
+from contracts.errors import InputError, listed, run_entry_point
 from contracts.files import atomic_write, read_json, read_versioned, sha256_file, write_json
 from product_matching.catalogue import check_catalogue, product_text, read_catalogue
 from product_matching.config import IndexSettings
@@ -138,6 +138,11 @@ class CatalogueIndex:
         """Rows of each category, by its name in lower case."""
         return self.catalogue.groupby(self.catalogue["category"].str.lower()).indices
 
+    @property
+    def categories(self) -> list[str]:
+        """Names of the categories in lower case, the largest first; "" stands for records without one."""
+        return sorted(self.rows_of_category, key=lambda name: (-len(self.rows_of_category[name]), name))
+
     def search(
         self, queries: np.ndarray, k: int, *, category: str | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +174,9 @@ class CatalogueIndex:
     def require_category(self, category: str) -> None:
         """Raises InputError for a category without records."""
         if category.lower() not in self.rows_of_category:
-            raise InputError(f"category {category[:80]!r} is not in this catalogue")
+            known = [name for name in self.categories if name]
+            there = f"it has {listed(known)}" if known else "its records have none"
+            raise InputError(f"category {category[:80]!r} is not in this catalogue; {there}")
 
     def save(self, folder: Path | str) -> None:
         """Write the folder. A reader sees its previous state until index.json is replaced."""

@@ -31,7 +31,8 @@ SIMILARITIES_AT_ONCE = 20_000_000
 """float64 similarities held in memory while similar products are searched: 160 MB."""
 
 _PAIR_COLUMNS = ["left_id", "right_id", "match", "split"]
-_COLUMN_OF_FIELD = {"name": "title", "modelno": "model"}  # what the public benchmarks call our columns
+# what the public benchmarks call our columns
+_COLUMN_OF_FIELD = {"name": "title", "modelno": "model", "manufacturer": "brand"}
 _FIELD = re.compile(r"COL (\w+) VAL ")
 
 
@@ -154,18 +155,29 @@ def _parse_line(line: str, where: str) -> tuple[dict[str, str], dict[str, str], 
 def _parse_record(written: str, where: str) -> dict[str, str]:
     """A record `COL title VAL … COL brand VAL …` as the columns of a catalogue.
 
-    Its id is a hash of title, brand and model number. So it is the same in every split and in any order of lines,
-    and two listings that differ only in category, description or price are one record.
+    Fields that a catalogue has no column for are added to the description. A record without a title is called by its
+    first field that is not empty; one without any text is refused, since nothing could be decided about it.
+
+    Its id is a hash of title, brand and model number, and of those other fields. So it is the same in every split and
+    in any order of lines, and two listings that differ only in category, description or price are one record.
     """
     before, *fields = _FIELD.split(written)
     if not fields or before.strip():
         raise InputError(f"{where}: a record is written COL <field> VAL <text> …")
     record = dict.fromkeys(COLUMNS, "")
+    others = []
     for field, value in zip(fields[0::2], fields[1::2], strict=True):
-        column = _COLUMN_OF_FIELD.get(field, field)
+        column = _COLUMN_OF_FIELD.get(field.lower(), field.lower())
         if column in record:
             record[column] = value.strip()
-    identity = "\0".join((record["title"], record["brand"], record["model"]))
+        elif value.strip():
+            others.append(value.strip())
+    if not record["title"]:
+        record["title"] = next((value.strip() for value in fields[1::2] if value.strip()), "")
+    if not record["title"]:
+        raise InputError(f"{where}: all fields of a record are empty; leave this pair out")
+    record["description"] = " ".join(part for part in (record["description"], *others) if part)
+    identity = "\0".join((record["title"], record["brand"], record["model"], *others))
     record["id"] = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return record
 
@@ -212,6 +224,31 @@ def join_by_upc(left: pd.DataFrame, right: pd.DataFrame, *, non_matches: int = 9
             labelled.append((left_id, right_id, True, split))
         for right_id in known_ids[others]:
             labelled.append((left_id, right_id, False, split))
+    return Pairs(left, right, pd.DataFrame(labelled, columns=_PAIR_COLUMNS))
+
+
+def label_pairs(
+    left: pd.DataFrame, right: pd.DataFrame, matches: Sequence[tuple[str, str]], *, non_matches: int = 9
+) -> Pairs:
+    """Pairs of given matches, each left record once, and for each the most similar other products as non-matches.
+
+    Non-matches are taken from the right records of the matches, as in `join_by_upc`. The split is one of the left id.
+
+    Args:
+        matches: left and right id of each match.
+        non_matches: non-matching pairs per match.
+    """
+    matched = left.set_index("id", drop=False).loc[[left_id for left_id, _ in matches]]
+    known = right.set_index("id", drop=False).loc[[right_id for _, right_id in matches]]
+    known_ids = known["id"].to_numpy()
+    labelled = []
+    ranking = _most_similar(product_text(matched), product_text(known))
+    for (left_id, right_id), nearest in zip(matches, ranking, strict=True):
+        split = split_of(left_id)
+        labelled.append((left_id, right_id, True, split))
+        others = known_ids[nearest][known_ids[nearest] != right_id][:non_matches]
+        for other in others:
+            labelled.append((left_id, other, False, split))
     return Pairs(left, right, pd.DataFrame(labelled, columns=_PAIR_COLUMNS))
 
 

@@ -98,6 +98,10 @@ def read_rows(workspace: Workspace, split: str) -> TextRows:
     return TextRows.of(table, source=workspace.path("prepared", split=split))
 
 
+LONGEST_WORD = ".{1,100}"
+"""What a tokenizer that is learnt here takes for one word at most; a longer one is read in pieces."""
+
+
 class Tokenize:
     """Turns texts into at most `max_length` token ids each, with the tokenizer's own special tokens around them.
 
@@ -176,7 +180,7 @@ class Tokenize:
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer of at most `vocabulary` tokens, learnt from `texts`."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     end = "<|endoftext|>"
@@ -184,7 +188,12 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerBas
     bpe.normalizer = normalizers.Lowercase()  # a few thousand texts are too few to learn each word twice
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         # digits are separate tokens, as in Qwen's tokenizer: 72.0 and 7.2 then share their pieces
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            # the time for a word grows with the square of its length: one of 300 kB would take minutes
+            pre_tokenizers.Split(Regex(LONGEST_WORD), behavior="isolated"),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -24,9 +24,10 @@ from qwen3_finetune.data import TextInputs, TextRows, Tokenize, train_tokenizer,
 from qwen3_finetune.model import PriceModel, build_model, encode
 from qwen3_finetune.spec import EncoderSpec
 from training.best_weights import BestWeights
-from training.run_folder import RunFolder, require_finite
+from training.run_folder import Diverged, RunFolder, require_finite
 from training.schedule import learning_rate_factor
 from training.smape_loss import huber_smape
+from training.stopping import StopRequest, stop_on_sigterm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,7 +45,7 @@ class Progress:
     update: int = 0
     """updates in the current epoch"""
     loss_sum: float = 0.0
-    """of the updates in the current epoch, on the first device"""
+    """of the updates in the current epoch"""
 
 
 class Training:
@@ -99,16 +100,20 @@ class Training:
 
     def fit(self) -> None:
         """Train until the epochs or the patience run out, and leave the weights of the best epoch in the model."""
-        while not self.finished():
-            start = time.perf_counter()
-            train_loss = self.train_epoch()
-            stop_smape = self.smape_of(self.stop_rows)
-            self.progress.epoch += 1
-            self.progress.update = 0
-            self.progress.loss_sum = 0.0
-            self.best.offer(stop_smape, self.progress.epoch)
-            if self.accelerator.is_main_process:
-                self.finish_epoch(train_loss, stop_smape, time.perf_counter() - start)
+        with stop_on_sigterm(self.accelerator.device) as stop:
+            try:
+                while not self.finished():
+                    start = time.perf_counter()
+                    train_loss = self.train_epoch(stop)
+                    stop_smape = self.smape_of(self.stop_rows)
+                    self.progress.epoch += 1
+                    self.progress.update = 0
+                    self.progress.loss_sum = 0.0
+                    self.best.offer(stop_smape, self.progress.epoch)
+                    if self.accelerator.is_main_process:
+                        self.finish_epoch(train_loss, stop_smape, time.perf_counter() - start)
+            except Diverged as error:
+                self.best.survive(error)
         self.best.load()
 
     def finished(self) -> bool:
@@ -129,7 +134,7 @@ class Training:
         print(f"epoch {epoch}: train/loss {train_loss:.4f}  stop/smape {stop_smape:.2f}  {seconds:.0f} s")
         self.save_checkpoint()
 
-    def train_epoch(self) -> float:
+    def train_epoch(self, stop: StopRequest) -> float:
         """Make the updates that the current epoch still lacks. Returns the mean loss of all its updates."""
         settings = self.settings
         progress = self.progress
@@ -155,8 +160,12 @@ class Training:
                 progress.loss_sum += loss
                 bar.update()
                 bar.set_postfix(loss=f"{progress.loss_sum / progress.update:.4f}")
-                if progress.step % settings.save_steps == 0 and self.accelerator.is_main_process:
+                stops = stop()
+                if (stops or progress.step % settings.save_steps == 0) and self.accelerator.is_main_process:
                     self.save_checkpoint()
+                if stops:
+                    self.accelerator.wait_for_everyone()
+                    stop.leave()
         return progress.loss_sum / updates
 
     def update(self, loader: Iterator[list[torch.Tensor]], n_batches: int, *, total: int) -> float:
@@ -196,6 +205,10 @@ class Training:
                 )
                 accelerator.backward(loss / n_batches)
             mean_loss += loss.item() / n_batches
+        if accelerator.num_processes > 1:
+            # one that found NaN alone would leave the others waiting
+            of_all = torch.tensor(mean_loss, device=accelerator.device)
+            mean_loss = accelerator.reduce(of_all, "mean").item()
         require_finite(mean_loss, run=settings.run, step=step)
         accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
         self.optimizer.step()
@@ -250,10 +263,11 @@ class Training:
         for batch, _, log_price in encode(model, self.inputs, own, self.dtype):
             predicted[batch] = torch.from_numpy(log_price)
         log_price = accelerator.reduce(predicted.to(accelerator.device)).cpu().numpy()[rows]
+        price = np.expm1(log_price)
         require_finite(
-            float(log_price.sum()), name="a predicted price", run=self.settings.run, step=self.progress.step
+            float(price.sum()), name="a predicted price", run=self.settings.run, step=self.progress.step
         )
-        return smape(np.expm1(self.log_price[rows]), np.expm1(log_price))
+        return smape(np.expm1(self.log_price[rows]), price)
 
     def frozen_features(self) -> np.ndarray:
         """Features (N, D_in + 3) of the fit and stop rows by the frozen encoder, encoded once for all epochs."""

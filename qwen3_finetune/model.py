@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from qwen3_finetune.backbone import build_encoder
 from qwen3_finetune.data import N_STRUCTURAL, TextInputs
 from qwen3_finetune.spec import EncoderSpec
-from training.run_folder import disk_errors, save_weights
+from training.run_folder import disk_errors, read_weights, save_weights
 from training.smape_loss import MIN_LOG_PRICE
 
 
@@ -187,7 +186,7 @@ def build_model(
     encoder = build_encoder(spec, device, vocabulary)
     head = PriceHead(spec.config.hidden_size, hidden=head_hidden, dropout=head_dropout)
     if spec.trained is not None:
-        head.load_state_dict(load_file(spec.trained / "head.safetensors"))
+        head.load_state_dict(read_weights(spec.trained / "head.safetensors"))
     model = PriceModel(
         encoder, head, pooling=spec.pooling, padding_side=spec.padding_side, token_dropout=token_dropout
     )

@@ -21,6 +21,8 @@ from qwen3_finetune.backbone import load_tokenizer, nf4
 from qwen3_finetune.data import Tokenize
 from qwen3_finetune.spec import POOLING_NAMES, EncoderSpec
 from training.device import require_model_source
+from training.run_folder import read_weights
+from training.sealed import note_change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +75,7 @@ def name_base(adapter: Path, base: str) -> None:
     """Say in an adapter's folder where its base is: a hub id or a folder."""
     path = adapter / "adapter_config.json"
     write_json(path, {**read_json(path), "base_model_name_or_path": base})
+    note_change(path)  # the adapter may be that of a finished run
 
 
 def _name_adapted_layers(adapter: Path) -> None:
@@ -80,10 +83,8 @@ def _name_adapted_layers(adapter: Path) -> None:
 
     peft shortens them to their last parts, which also fit layers that training had removed, such as BERT's pooler.
     """
-    from safetensors.torch import load_file
-
     names = set()
-    for weight in load_file(adapter / "adapter_model.safetensors"):
+    for weight in read_weights(adapter / "adapter_model.safetensors"):
         names.add(weight.removeprefix("base_model.model.").rsplit(".lora_", 1)[0])
     path = adapter / "adapter_config.json"
     write_json(path, {**read_json(path), "target_modules": sorted(names)})

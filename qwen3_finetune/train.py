@@ -93,6 +93,9 @@ def start_run(settings: QwenSettings, accelerator: Accelerator, report_to: str) 
     run = RunFolder(workspace.path("run", name=settings.run))
     inputs = [workspace.path("prepared", split="train"), workspace.path("folds")]
     if run.already_complete(settings.resume, settings, inputs):
+        scored = run.is_out_of_fold or (run.path / "evaluation.json").is_file()
+        if accelerator.is_main_process and not scored:
+            score(settings)  # the program was killed before it could
         return None
     if accelerator.is_main_process:
         run = RunFolder.start(
@@ -127,11 +130,17 @@ def describe(settings: QwenSettings, model: PriceModel, rows: TextRows) -> None:
 
 def finish(settings: QwenSettings, run: RunFolder, **summary: float) -> None:
     """Draw the curves, mark the run complete and score its best epoch on the validation folds."""
-    from qwen3_finetune.evaluate import evaluate
     from training.plots import plot_training_curves
 
     plot_training_curves(run.path / "training_curves.png", run.metrics(), title=settings.run)
     run.finish(**summary)
+    score(settings)
+
+
+def score(settings: QwenSettings) -> None:
+    """Score a finished run on its validation folds, if there are any."""
+    from qwen3_finetune.evaluate import evaluate
+
     if settings.roles.validate:
         shared = [field.name for field in dataclasses.fields(ApplySettings)]
         evaluate(ApplySettings(**{name: getattr(settings, name) for name in shared}))

@@ -230,11 +230,13 @@ def _read_tokenizer(name: str, path: Path | None) -> PreTrainedTokenizerFast:
 
 
 def _train_bpe(corpus: list[str], vocab_size: int):
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # the time for a word grows with the square of its length, so a longer one is read in pieces of 100 characters
+    in_pieces = pre_tokenizers.Split(Regex(".{1,100}"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), in_pieces])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", special_tokens=[(END, END_ID)]
     )

@@ -87,7 +87,9 @@ def measure_accuracy(settings: KernelScalingSettings, out: Path) -> pd.DataFrame
     """One row per form: SMAPE of the rows of the hold-outs, and how far prices lie from those of the exact form."""
     features, ln_price, fold = _real_rows(settings)
     kernel = WordModelSettings(model="kernel", kernel_steps=settings.steps, seeds=max(settings.seeds, 1))
-    second_models: dict[str, Any] = {"boosted": Boosted, "mlp_on_kernel": MlpOnKernel} if settings.seeds else {}
+    second_models: dict[str, Any] = (
+        {"boosted": Boosted, "mlp_on_kernel": MlpOnKernel} if settings.seeds else {}
+    )
     predicted: dict[str, np.ndarray] = {}
     cpu: dict[str, float] = {}
     scored = np.zeros(len(fold), bool)

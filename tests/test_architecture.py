@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = (
     "data", "clip_finetune", "siglip_extract", "qwen3_finetune", "fusion", "word_models", "ensemble",
-    "product_matching",
+    "product_matching", "attributes",
 )  # fmt: skip
 MAY_IMPORT = {
     "contracts": set(),
@@ -20,7 +20,17 @@ MAY_IMPORT = {
     "studies": {"contracts", "training", "pricing", "pipeline", "serving", "text_tabular", *STAGES},
 }
 # what every service stands on; the service of a stage imports these, so they import no stage
-SERVING_BASE = ("app", "batching", "config", "deadlines", "headers", "limits", "matches", "metrics", "schemas")
+SERVING_BASE = (
+    "app",
+    "batching",
+    "config",
+    "deadlines",
+    "headers",
+    "limits",
+    "matches",
+    "metrics",
+    "schemas",
+)
 # the designs that join a text and a table have one implementation, and fusion has it
 MAY_IMPORT["text_tabular"] = {"contracts", "training", "fusion"}
 MAY_IMPORT["product_matching"] = MAY_IMPORT["product_matching"] | {"serving"}
@@ -71,7 +81,9 @@ def test_the_base_of_the_services_imports_no_stage():
 def test_the_matching_service_stands_on_the_base_only():
     for path in (ROOT / "product_matching").glob("*.py"):
         for name in imports(path):
-            assert not name.startswith("serving.") or name.split(".")[1] in SERVING_BASE, f"{path.name} imports {name}"
+            assert not name.startswith("serving.") or name.split(".")[1] in SERVING_BASE, (
+                f"{path.name} imports {name}"
+            )
 
 
 def test_contracts_import_torch_only_inside_functions():

@@ -26,7 +26,7 @@ from text_tabular.metrics import Calibration
 from text_tabular.model import TextTabular
 from text_tabular.texts import Chunker
 from training.device import choose_device
-from training.run_folder import RunFolder, part_folder, save_weights
+from training.run_folder import RunFolder, part_folder, read_weights, save_weights
 
 SCHEMA = 1
 DESCRIPTION = "model.json"
@@ -118,9 +118,6 @@ class Finished:
 
     @classmethod
     def _read(cls, folder: Path, settings: TextTabularSettings, device: str) -> Finished:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         content = read_versioned(folder / DESCRIPTION, SCHEMA, "train it again")
         target = Target.from_json(content["target"])
         table = TableColumns.from_json(content["fields"])
@@ -133,8 +130,8 @@ class Finished:
             encoder = choose_trained(rebuild_encoder(folder), settings)
         model = TextTabular(settings, encoder, d_tab=table.width, outputs=target.outputs)
         try:
-            model.load_state_dict(load_file(folder / WEIGHTS))
-        except (SafetensorError, RuntimeError, FileNotFoundError) as error:
+            model.load_state_dict(read_weights(folder / WEIGHTS))
+        except RuntimeError as error:
             raise InputError(
                 f"{folder / WEIGHTS}: not the weights of this run ({str(error)[:160]})"
             ) from None

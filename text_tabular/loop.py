@@ -22,8 +22,9 @@ from text_tabular.data import Inputs, by_length, training_batches
 from text_tabular.model import TextTabular
 from training.best_weights import BestWeights
 from training.processes import reduce_gradients
-from training.run_folder import RunFolder, require_finite
+from training.run_folder import Diverged, RunFolder, require_finite
 from training.schedule import learning_rate_factor
+from training.stopping import StopRequest, stop_on_sigterm
 
 BATCHES_TOGETHER = 4
 """A batch that is only encoded needs no activations, so it has this many times the rows of one to train on."""
@@ -38,10 +39,13 @@ class Position:
     """finished epochs"""
     step: int = 0
     """finished steps"""
+    step_in_epoch: int = 0
+    loss_sum: float = 0.0
+    """of the steps in the current epoch"""
 
 
 class Training:
-    """One model from its first or its last finished epoch to its best one."""
+    """One model from its first or its last checkpointed step to its best epoch."""
 
     def __init__(
         self,
@@ -78,22 +82,34 @@ class Training:
         self.class_weights = self._class_weights(fit)
         if settings.resume:
             self.restore()
-        while self.position.epoch < epochs and self.position.epoch - self.best.epoch < settings.patience:
-            epoch = self.position.epoch
-            train_loss = self.train_epoch(fit, epoch, epochs)
-            stop_loss = self.loss_of(stop) if len(stop) else -float(epoch)
-            self.position.epoch += 1
-            self.best.offer(stop_loss, self.position.epoch)
-            if self.accelerator.is_main_process:
-                logged = {"train/loss": train_loss}
-                if len(stop):
-                    logged["stop/loss"] = stop_loss
-                self.run.log(self.position.step, epoch=self.position.epoch, **logged)
-                listed = ", ".join(f"{name} {value:.4f}" for name, value in logged.items())
-                print(f"epoch {self.position.epoch}: {listed}")
-            if not settings.fsdp:
-                self.save_checkpoint()
+        with stop_on_sigterm(self.accelerator.device) as request:
+            try:
+                while (
+                    self.position.epoch < epochs and self.position.epoch - self.best.epoch < settings.patience
+                ):
+                    train_loss = self.train_epoch(fit, epochs, request)
+                    self.finish_epoch(train_loss, stop)
+            except Diverged as error:
+                self.best.survive(error)
         self.best.load()
+
+    def finish_epoch(self, train_loss: float, stop: np.ndarray) -> None:
+        """Score the epoch on the rows `stop`, keep its weights if they are the best so far, and save a checkpoint."""
+        position = self.position
+        stop_loss = self.loss_of(stop) if len(stop) else -float(position.epoch)
+        position.epoch += 1
+        position.step_in_epoch = 0
+        position.loss_sum = 0.0
+        self.best.offer(stop_loss, position.epoch)
+        if self.accelerator.is_main_process:
+            logged = {"train/loss": train_loss}
+            if len(stop):
+                logged["stop/loss"] = stop_loss
+            self.run.log(position.step, epoch=position.epoch, **logged)
+            listed = ", ".join(f"{name} {value:.4f}" for name, value in logged.items())
+            print(f"epoch {position.epoch}: {listed}")
+        if not self.settings.fsdp:
+            self.save_checkpoint()
 
     def _class_weights(self, fit: np.ndarray) -> Tensor | None:
         """(K,) weights by which every class counts the same over the rows to fit; None for equal rows."""
@@ -103,24 +119,30 @@ class Training:
         weights = len(fit) / (self.target.outputs * np.maximum(counts, 1))
         return torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
 
-    def train_epoch(self, fit: np.ndarray, epoch: int, epochs: int) -> float:
-        """Take the steps of one epoch; returns the mean loss of its steps."""
+    def train_epoch(self, fit: np.ndarray, epochs: int, request: StopRequest) -> float:
+        """Take the steps that the current epoch still lacks; returns the mean loss of all its steps."""
         settings = self.settings
+        position = self.position
         processes = self.accelerator.num_processes
         # one batch for all processes together, of which each takes its share
         batches = training_batches(
-            self.inputs.lengths, fit, settings.batch_size * processes, settings.seed * 1000 + epoch
+            self.inputs.lengths, fit, settings.batch_size * processes, settings.seed * 1000 + position.epoch
         )
         self.model.train()
-        losses = []
         with tqdm(
-            batches, desc=f"epoch {epoch + 1}", unit="step", delay=2, leave=False,
+            batches[position.step_in_epoch :], desc=f"epoch {position.epoch + 1}", unit="step", delay=2, leave=False,
             disable=not self.accelerator.is_main_process,
         ) as progress:  # fmt: skip
             for batch in progress:
-                losses.append(self.train_step(batch, total=epochs * len(batches)))
-                progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-        return float(np.mean(losses))
+                loss = self.train_step(batch, total=epochs * len(batches))
+                position.step_in_epoch += 1
+                position.loss_sum += loss
+                progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if request():
+                    if not settings.fsdp:
+                        self.save_checkpoint()
+                    request.leave(saved=not settings.fsdp)
+        return position.loss_sum / len(batches)
 
     def train_step(self, rows: np.ndarray, *, total: int) -> float:
         """Change the weights once, by the rows of all processes together; returns the loss over them."""
@@ -218,7 +240,7 @@ class Training:
         self.best.restore(weights, state["best"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.position = Position(**state["position"])
-        self.accelerator.print(f"resuming after epoch {self.position.epoch}")
+        self.accelerator.print(f"resuming after step {self.position.step}")
 
 
 def leave_out_unused(model: TextTabular, settings: TextTabularSettings) -> None:
@@ -284,7 +306,8 @@ def outputs_of(
             outputs = torch.zeros(len(rows), *computed.shape[1:])
         if at < len(batches):
             outputs[[position[row] for row in batch.tolist()]] = computed
-    assert outputs is not None, "no rows"
+    if outputs is None:
+        raise InputError("the table has no rows to predict")
     if accelerator is not None and processes > 1:
         outputs = accelerator.reduce(outputs.to(device), "sum").cpu()
     return outputs

@@ -111,6 +111,9 @@ def train_one(
         if held_out is not None:
             summary |= write_scores(folder, held_out, table.target, trained.calibration)
         plot_training_curves(folder / "training_curves.png", run.metrics(), title=settings.run)
+        # what scores the run again asks for its rows, so they are there before it counts as finished
+        folds = dict(zip(table.rows.ids.tolist(), table.fold.tolist(), strict=True))
+        write_json(folder / "folds.json", folds)
         run.finish(**summary)
     accelerator.wait_for_everyone()
 
@@ -187,10 +190,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         train_one(settings, columns, table, roles(settings.holdout), folder, accelerator)
         scores = read_json(folder / "summary.json") if accelerator.is_main_process else {}
     if accelerator.is_main_process:
-        if not settings.folds:
-            write_json(
-                folder / "folds.json", dict(zip(table.rows.ids.tolist(), table.fold.tolist(), strict=True))
-            )
         listed = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         print(f"{folder}: {listed}")
     accelerator.end_training()

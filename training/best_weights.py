@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from contracts.errors import InputError
+from training.processes import process
+from training.run_folder import Diverged
 
 
 class BestWeights:
@@ -37,6 +39,13 @@ class BestWeights:
             self.epoch = epoch
             self._copy(self.live, self.best)
         return better
+
+    def survive(self, error: Diverged) -> None:
+        """Training has diverged: say so, and let the best epoch be the last. Raises `error` where there is none."""
+        if self.epoch == 0:
+            raise error
+        if process()[0] == 0:
+            print(f"{error}; training ends here, and the weights of epoch {self.epoch} are kept")
 
     def load(self) -> None:
         """Put the best weights into the live tensors."""

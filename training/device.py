@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import random
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +20,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _torchvision_library: torch.library.Library
+_MISMATCHES = (RuntimeError, ImportError, AttributeError, OSError)
+"""How a torchvision of another build fails: an operator, a symbol, a name of torch or a shared library is missing."""
+HUB_SECONDS = 2.0
+"""How long the hub may take to answer before this machine counts as offline."""
 
 
 def guard_torchvision() -> None:
@@ -26,22 +34,33 @@ def guard_torchvision() -> None:
     defining their schemas is enough. Beside a CUDA build of torch the same failure means mismatched versions.
 
     Raises:
-        InputError: "torch and torchvision builds do not match".
+        InputError: "torch and torchvision builds do not match", or torchvision is not installed.
     """
     import torch
 
     try:
         import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        if torch.version.cuda is not None:
-            raise InputError(
-                f"torch and torchvision builds do not match (torch {torch.__version__}); "
-                "install both at the versions of requirements.txt"
-            ) from None
+
+        return
+    except ModuleNotFoundError as error:
+        if error.name == "torchvision":
+            raise InputError("torchvision is not installed; install it as requirements.txt says") from None
+        mismatch: Exception = error
+    except _MISMATCHES as error:
+        mismatch = error
+    if "torchvision::" in str(mismatch) and torch.version.cuda is None:
         _define_torchvision_operators()
-        import torchvision  # noqa: F401
+        try:
+            import torchvision  # noqa: F401
+
+            return
+        except _MISMATCHES as error:
+            mismatch = error
+    reason = str(mismatch).strip().splitlines()[0][:160]
+    raise InputError(
+        f"torch and torchvision builds do not match (torch {torch.__version__}: {reason}); "
+        "install both at the versions of requirements.txt"
+    ) from None
 
 
 def _define_torchvision_operators() -> None:
@@ -162,6 +181,36 @@ def require_model_source(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model {name}: no such local folder")
     return name
+
+
+def prefer_cache_offline(source: str) -> None:
+    """Where the hub does not answer, let its libraries look in their cache only; call before `from_pretrained`.
+
+    Left to themselves they try again for more than a minute, and print a line each time.
+
+    Args:
+        source: hub id or local folder; the hub is not asked for a folder.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or Path(source).exists():
+        return
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, too
+        except (OSError, http.client.HTTPException):
+            return
+        answered.set()
+
+    # in a thread, because the resolver of the operating system has a patience of its own
+    threading.Thread(target=ask, daemon=True).start()
+    if not answered.wait(HUB_SECONDS):
+        constants.HF_HUB_OFFLINE = True
 
 
 def missing_model(name: str, error: Exception) -> InputError:

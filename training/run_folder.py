@@ -5,7 +5,8 @@ checkpoints/<run>/settings.json    the resolved settings
                   metrics.jsonl    one line per logged step
                   step_00000120/   weights and training state; its COMPLETE file is written last
                   model.safetensors, …  the finished model
-                  COMPLETE         written last of all
+                  COMPLETE         sha256 of the model's files, written last of all (`training.sealed`)
+checkpoints/<run>.previous/        the finished run that this one replaced, or is about to replace
 
 The folder of an out-of-fold run holds settings.json, manifest.json, summary.json and COMPLETE, and one run folder for
 each of its models: fold_0, fold_1, … for the hold-outs and `all` for the model of all rows.
@@ -20,7 +21,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 from contracts.errors import InputError
 from contracts.files import atomic_write, read_json, sha256_file, write_json
+from training.run_lock import has_lock_file, lock_run, release_run
+from training.sealed import MARKER, damage, is_unchecked, remove_sealed, require_whole, seal
 from training.settings import settings_as_dict
 from training.trackers import require_tracker, start_tracker
 
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
     import torch
     from accelerate.tracking import GeneralTracker
 
-MARKER = "COMPLETE"
-READABLE = 0o644  # safetensors and peft make files that only their owner can read
 CHANGE_NOTHING = {
     "workspace", "resume", "report_to", "workers", "device", "save_steps", "save_epochs", "checkpoint_steps",
     "tokens_per_batch",
@@ -50,6 +50,10 @@ MAY_GROW = {"epochs"}
 _PACKAGES = (
     "torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes", "open_clip_torch", "numpy",
 )  # fmt: skip
+
+
+class Diverged(InputError):
+    """A number that training or validation computed is NaN or infinite; a run never recovers from it."""
 
 
 class RunFolder:
@@ -63,15 +67,18 @@ class RunFolder:
     def start(
         cls, path: Path, settings: Any, *, inputs: list[Path], resume: bool = False, report_to: str = "none"
     ) -> RunFolder:
-        """Begin a run, or continue it with `resume`. Without `resume`, what the folder held before is replaced.
+        """Begin a run, or continue it with `resume`.
+
+        Without `resume`, a finished run that the folder held is kept beside it as <run>.previous, and an unfinished one
+        is removed.
 
         Args:
             inputs: files whose content decides what is learned.
             report_to: tracker that receives the metrics, see `training.trackers`.
 
         Raises:
-            InputError: a resumed run was started with other settings or other input files, or there is no such
-                tracker.
+            InputError: a resumed run was started with other settings or other input files, another process trains into
+                the folder, or there is no such tracker.
         """
         require_tracker(report_to)  # before anything is removed
         run = cls(path)
@@ -80,23 +87,32 @@ class RunFolder:
             **_environment(stored.get("seed")),
             "inputs": {str(file): sha256_file(file) for file in inputs},
         }
+        lock_run(run._outermost())
         if resume and (path / "settings.json").is_file():
             run._check_same(settings, manifest["inputs"])
         else:
-            if path.exists():
-                shutil.rmtree(path)
+            run._make_way()
             write_json(path / "manifest.json", manifest)
-        write_json(path / "settings.json", stored)
+        if not run.complete:  # the files of a finished run stay as they were hashed
+            write_json(path / "settings.json", stored)
         if report_to != "none":
             run._tracker = start_tracker(report_to, path, run.name, stored)
         return run
 
     @classmethod
     def finished(cls, path: Path, stage: str) -> RunFolder:
-        """Open a finished run for reading. Raises InputError with the command that would make it."""
-        if not (path / MARKER).is_file():
-            raise InputError(f"{path}: no finished run; run python -m {stage}.train")
-        return cls(path)
+        """Open a finished run for reading.
+
+        Raises:
+            InputError: there is none; the message has the command that would make it. Or a file of it was damaged.
+        """
+        run = cls(path)
+        if not run.complete:
+            previous = run._previous()
+            before = f", or use the finished run before it, {previous.name}" if previous.complete else ""
+            raise InputError(f"{path}: no finished run; run python -m {stage}.train{before}")
+        require_whole(path)
+        return run
 
     @property
     def complete(self) -> bool:
@@ -105,13 +121,38 @@ class RunFolder:
     @property
     def name(self) -> str:
         """What the run is called in its workspace; one model of an out-of-fold run is called such as oof/fold_0."""
-        inside_a_run = (self.path.parent / "settings.json").is_file()
-        return f"{self.path.parent.name}/{self.path.name}" if inside_a_run else self.path.name
+        return f"{self.path.parent.name}/{self.path.name}" if self._is_part else self.path.name
+
+    @property
+    def _is_part(self) -> bool:
+        return (self.path.parent / "settings.json").is_file()
+
+    def _outermost(self) -> Path:
+        """The run that this one is a part of, or a part of a part; itself where it is none."""
+        return RunFolder(self.path.parent)._outermost() if self._is_part else self.path
+
+    def _previous(self) -> RunFolder:
+        return RunFolder(self.path.with_name(f"{self.path.name}.previous"))
+
+    def _make_way(self) -> None:
+        """Keep a finished run aside, so that a model is there whatever becomes of the new training."""
+        if self.complete and not self._is_part:
+            previous = self._previous()
+            remove_sealed(previous.path)
+            self.path.rename(previous.path)
+            print(f"{self.path}: the finished run is kept as {previous.path.name}")
+        else:
+            remove_sealed(self.path)
 
     @property
     def is_out_of_fold(self) -> bool:
-        """Whether the run has one model per hold-out and one of all rows."""
-        return (self.path / part_folder(None)).is_dir()
+        """Whether the run has one model per hold-out. (A model of all rows may also lie beside a single one.)"""
+        if (self.path / part_folder(0)).is_dir():
+            return True
+        # the model of all rows prices new products by itself, so the others may have been left out of a copy
+        stored = self.path / "settings.json"
+        whole = self.path / part_folder(None)
+        return whole.is_dir() and stored.is_file() and bool(read_json(stored).get("folds"))
 
     def already_complete(self, resume: bool, settings: Any = None, inputs: Sequence[Path] = ()) -> bool:
         """Whether `resume` has nothing left to do; the first process says so in one line.
@@ -126,7 +167,9 @@ class RunFolder:
             return False
         if settings is not None:
             self._check_same(settings, {str(file): sha256_file(file) for file in inputs})
-        if int(os.environ.get("RANK", 0)) == 0:
+        if _is_first_process():
+            if any(self.path.glob("step_*")) or has_lock_file(self.path):
+                self._clean_up()  # the program was killed before it could
             print(f"{self.path}: this run is complete; leave --resume out to train it again")
         return True
 
@@ -156,13 +199,26 @@ class RunFolder:
             self._tracker.log(values, step=step)
 
     def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl; one that a killed process left half written at its end is left out."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+        if not path.is_file():
+            return []
+        logged = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                logged.append(json.loads(line))
+            except ValueError:
+                raise InputError(
+                    f"{path}: line {len(logged) + 1} is not JSON; the file is damaged, remove that line"
+                ) from None
+        return logged
 
     def save_checkpoint(
         self, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], keep: int = 2
     ) -> None:
-        """Write step_<step>/ with its marker last, then drop all but the newest `keep`.
+        """Write step_<step>/ with the hashes of its files last, then drop all but the newest `keep`.
 
         Args:
             weights: tensors that are trained, by name.
@@ -171,46 +227,67 @@ class RunFolder:
         import torch
 
         folder = self.path / f"step_{step:08d}"
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_sealed(folder)
         folder.mkdir(parents=True)
         try:
             save_weights(folder / "weights.safetensors", weights)
             with disk_errors(folder), open(folder / "state.pt", "wb") as file:
                 torch.save(state, file)
-            (folder / MARKER).touch()
+            seal(folder)
         except OSError:
-            shutil.rmtree(
-                folder, ignore_errors=True
-            )  # on a full disk, half a checkpoint would only be in the way
+            remove_sealed(folder)  # on a full disk, half a checkpoint would only be in the way
             raise
         for old in self._checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            remove_sealed(old)
 
     def newest_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Weights and state of the newest complete checkpoint (on the CPU); metrics logged after it are dropped."""
-        import torch
-        from safetensors.torch import load_file
+        """Weights and state (on the CPU) of the newest checkpoint that is whole; None where there is none.
 
-        if not (folders := self._checkpoints()):
-            return None
-        step = int(folders[-1].name.removeprefix("step_"))
+        A damaged one is passed over, with one line that says so. What was logged after the checkpoint is dropped.
+        """
+        for folder in reversed(self._checkpoints()):
+            try:
+                checkpoint = _read_checkpoint(folder)
+            except InputError as error:
+                if _is_first_process():
+                    print(f"{error}; the checkpoint before it is taken")
+                continue
+            self._forget_after(int(folder.name.removeprefix("step_")))
+            return checkpoint
+        self._forget_after(-1)
+        return None
+
+    def _forget_after(self, step: int) -> None:
+        """Drop what was logged after a step. One process does: all of them may ask for the checkpoint."""
+        path = self.path / "metrics.jsonl"
+        if not _is_first_process() or not path.is_file():
+            return
         kept = [line for line in self.metrics() if line["step"] <= step]
-        with atomic_write(self.path / "metrics.jsonl") as file:
+        with atomic_write(path) as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
-        state = torch.load(folders[-1] / "state.pt", weights_only=True, map_location="cpu")
-        return load_file(folders[-1] / "weights.safetensors"), state
 
     def finish(self, **summary: object) -> None:
-        """Write summary.json, make every file readable for all, mark the run complete and drop its checkpoints."""
+        """Write summary.json, give every file the usual permissions, mark the run complete and drop its checkpoints.
+
+        Killed at any point, it can be called again.
+        """
         write_json(self.path / "summary.json", summary)
         for file in self.path.rglob("*"):
             if file.is_file():
-                file.chmod(READABLE)
+                file.chmod(_usual_mode())
         if self._tracker is not None:
             self._tracker.finish()
-        (self.path / MARKER).touch()
+        seal(self.path)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Remove the checkpoints and the lock of a complete run."""
+        if not self._is_part:
+            lock_run(self.path)
         for folder in self.path.glob("step_*"):
-            shutil.rmtree(folder)
+            remove_sealed(folder)
+        if not self._is_part:  # the lock of a part is that of the whole run
+            release_run(self.path)
 
     def _checkpoints(self) -> list[Path]:
         return sorted(folder for folder in self.path.glob("step_*") if (folder / MARKER).is_file())
@@ -232,25 +309,65 @@ class RunFolder:
                 raise InputError(f"--resume: {file} has changed since {self.name} started; {remedy}")
 
 
+def _read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Raises InputError for one whose files are not as they were written."""
+    import torch
+
+    if found := damage(folder):
+        raise InputError(found)
+    try:
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        return read_weights(folder / "weights.safetensors"), state
+    except Exception as error:
+        # the hashes fit, so only a checkpoint of an older version, which has none, can be damaged here
+        if not is_unchecked(folder):
+            raise
+        raise InputError(f"{folder}: not readable ({str(error).splitlines()[0]})") from None
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def part_folder(holdout: int | None) -> str:
     """Where one model of an out-of-fold run lies in its run folder; None is the model of all rows."""
     return "all" if holdout is None else f"fold_{holdout}"
 
 
 def require_finite(value: object, *, name: str = "loss", run: str, step: int) -> None:
-    """Raise InputError for a float that is NaN or infinite: a run never recovers from it."""
+    """Raise Diverged for a float that is NaN or infinite."""
     if isinstance(value, float) and not math.isfinite(value):
         written = "NaN" if math.isnan(value) else str(value)
-        raise InputError(f"{run}: {name} is {written} at step {step}; lower --lr or use --precision fp32")
+        raise Diverged(f"{run}: {name} is {written} at step {step}; lower --lr or use --precision fp32")
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write tensors by name as safetensors, readable for all."""
+    """Write tensors by name as safetensors, with the permissions of any other new file."""
     from safetensors.torch import save_file
 
     with disk_errors(path):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
-    path.chmod(READABLE)
+    path.chmod(_usual_mode())
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name, on the CPU. Raises InputError for a file that is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; train the run again") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: not readable as safetensors ({error}); train the run again") from None
+
+
+def _usual_mode() -> int:
+    """Permissions of a new file by the umask. safetensors and peft make files that only their owner can read."""
+    umask = os.umask(0o077)  # the only way to read it is to set it
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 @contextmanager

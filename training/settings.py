@@ -6,6 +6,7 @@ first: flags, `--config file.yaml`, preset, defaults of the dataclass.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import typing
@@ -15,6 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+LARGEST_CONFIG = 100_000
+"""Bytes of the largest file of settings."""
+DEEPEST_CONFIG = 4
+"""Lists and mappings inside each other; settings are one mapping, whose values may be lists."""
 
 
 def parse_settings(
@@ -39,6 +45,8 @@ def parse_settings(
         The settings, or (settings, positional values…) when `positional` is given.
     """
     parser = build_parser(settings_class, description=description, positional=positional or {})
+    if problem := _problem_of_config(argv):
+        parser.error(problem)
     values = parser.parse_args(argv)
     if presets:
         # the preset itself may come from the yaml file, so it is known only after a first pass
@@ -52,6 +60,33 @@ def parse_settings(
     if not positional:
         return settings
     return settings, *(values[name] for name in positional)
+
+
+def _problem_of_config(argv: Sequence[str] | None) -> str | None:
+    """Why the file of --config may not be read, if so: it would cost more memory than it is worth, or is no yaml."""
+    import yaml
+
+    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config", action="append", type=Path, default=[])
+    for path in only_config.parse_known_args(argv)[0].config:
+        if not path.is_file():
+            continue  # the parser says so
+        if path.stat().st_size > LARGEST_CONFIG:
+            return (
+                f"--config {path}: {path.stat().st_size} bytes are too many for settings; is it another file?"
+            )
+        try:
+            depth = 0
+            with open(path, encoding="utf-8") as file:
+                # events are read one by one, so nothing has been built when one of them is refused
+                for event in yaml.parse(file, yaml.SafeLoader):
+                    depth += isinstance(event, yaml.CollectionStartEvent)
+                    depth -= isinstance(event, yaml.CollectionEndEvent)
+                    if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_CONFIG:
+                        return f"--config {path}: aliases (*name) and deep nesting are not read; see --help"
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            return f"--config {path}: not readable as yaml ({' '.join(str(error).split())})"
+    return None
 
 
 def build_parser(

@@ -27,6 +27,7 @@ import pandas as pd
 from contracts.embeddings import Embeddings
 from contracts.errors import InputError
 from contracts.files import read_versioned, write_json
+from training.sealed import require_whole
 from word_models.embedding_columns import EmbeddingColumns
 from word_models.features import FeatureBuilder, Features
 from word_models.models import MODELS, Model
@@ -82,10 +83,11 @@ class WordModel:
 
     @classmethod
     def load(cls, folder: Path) -> WordModel:
-        """Raises InputError: no model of words in this folder, or one of another version."""
+        """Raises InputError: no model of words in this folder, one of another version, or a damaged one."""
         path = folder / FILE
         if not path.is_file():
             raise InputError(f"{path}: no saved model; run python -m word_models.train")
+        require_whole(folder)
         content = read_versioned(path, SCHEMA, "train it again")
         kind = content.get("model")
         if kind not in MODELS:

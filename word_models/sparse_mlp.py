@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from contracts.files import read_json, write_json
-from training.run_folder import save_weights
+from training.run_folder import read_weights, save_weights
 from training.smape_loss import smape_of_ln
 from word_models.config import MlpSettings
 from word_models.features import Features
@@ -119,7 +118,7 @@ class FittedMlp:
     @classmethod
     def load(cls, folder: Path, name: str) -> FittedMlp:
         content = read_json(folder / f"{name}.json")
-        weights = load_file(folder / f"{name}.safetensors")
+        weights = read_weights(folder / f"{name}.safetensors")
         terms, hidden = weights["terms.weight"].shape
         bins = content["bins"]
         # on "meta" the network has shapes and no numbers, which would be drawn for nothing

@@ -109,9 +109,10 @@ def text_rows(texts: list[str]) -> TextRows:
 def our_epoch(training: Training) -> None:
     """An epoch of the stage itself."""
     from qwen3_finetune.loop import Progress
+    from training.stopping import StopRequest
 
     training.progress = Progress()
-    training.train_epoch()
+    training.train_epoch(StopRequest(training.accelerator.device))
 
 
 def trainer_epoch(training: Training, pad_to: int | None, folder: Path) -> None:

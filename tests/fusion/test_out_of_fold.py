@@ -325,6 +325,7 @@ def test_a_run_from_before_out_of_fold_runs_is_read(workspace):
     inputs = read_json(folder / "inputs.json")
     del inputs["outcome"]
     write_json(folder / "inputs.json", inputs)
+    (folder / "COMPLETE").write_bytes(b"")  # without hashes
     assert evaluate_by_groups.main(at(workspace))["validation_smape"] == summary["validation_smape"]
     predict.main(["test", *at(workspace)])
     np.testing.assert_array_equal(read_predictions(workspace, RUN, "test").log_price, before)

@@ -223,3 +223,12 @@ def test_a_title_of_100_000_characters_is_indexed_and_found(tiny_encoder):
     table = pd.DataFrame({"id": list("abc"), "title": titles})
     found = CatalogueIndex.build(table, vectors).search(encode(tiny_encoder, titles[:1]), 1)[1]
     assert found[0, 0] == 0
+
+
+def test_an_unknown_category_is_answered_with_those_that_exist(shop_index):
+    index = CatalogueIndex.load(shop_index)
+    assert index.categories[0] in index.catalogue["category"].str.lower().tolist()
+    sizes = [len(index.rows_of_category[name]) for name in index.categories]
+    assert sizes == sorted(sizes, reverse=True)
+    with pytest.raises(InputError, match=r"category 'cars' is not in this catalogue; it has .*tv & video"):
+        index.require_category("Cars".lower())

@@ -1,5 +1,6 @@
 import functools
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -157,3 +158,15 @@ def test_row_without_fold_is_named(sample_workspace, tmp_path):
     (tmp_path / "data" / "folds.csv").write_text("\n".join(folds[:-1]) + "\n")
     with pytest.raises(InputError, match=f"no fold for sample_id {folds[-1].split(',')[0]}"):
         read_rows(Workspace(tmp_path), "train")
+
+
+def test_a_word_of_300_kilobytes_takes_no_time():
+    """Such words are real: a picture that stands in the text as base64."""
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 300_000)
+    texts = ["green tea"] * 50 + ["".join(letters)]
+    started = time.monotonic()
+    tokenizer = train_tokenizer(texts, 2000)
+    tokens = tokenizer(texts)["input_ids"]
+    assert time.monotonic() - started < 20
+    assert tokenizer.decode(tokens[0]) == "green tea"
+    assert tokenizer.decode(tokens[-1]) == texts[-1]

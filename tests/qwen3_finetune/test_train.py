@@ -174,6 +174,7 @@ def test_a_run_of_an_older_version_is_read(finished, tmp_path):
     stored = read_json(run_folder(old) / "settings.json")
     older = {older_names.get(name, name): value for name, value in stored.items()} | {"lora_layers": "all"}
     write_json(run_folder(old) / "settings.json", older)
+    (run_folder(old) / "COMPLETE").write_bytes(b"")  # without hashes
     for root in (new, old):
         extract_embeddings.main(["test", "--workspace", str(root), "--device", "cpu"])
     np.testing.assert_array_equal(embedding(old, "test").embeddings, embedding(new, "test").embeddings)

@@ -262,9 +262,7 @@ def test_addresses_inside_are_not_asked(client, address):
     """Numbers need no resolver, and the connection is refused before it is made."""
     answer = client.post("/v1/price", data={**TEA, "picture_url": address})
     assert answer.status_code == 422
-    assert answer.json()["detail"].startswith(
-        ("picture_url: not_public (", "picture_url: bad_link")
-    )
+    assert answer.json()["detail"].startswith(("picture_url: not_public (", "picture_url: bad_link"))
 
 
 def test_addresses_are_off_unless_they_are_asked_for(price_system, tmp_path):

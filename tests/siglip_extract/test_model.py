@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -150,3 +152,12 @@ def test_checkpoints_of_another_kind_are_rejected(tmp_path, checkpoint):
     model.config.save_pretrained(tmp_path / "half")
     with pytest.raises(InputError, match="weights of this tower are missing or misshapen"):
         image_tower(str(tmp_path / "half"))
+
+
+def test_a_word_of_300_kilobytes_takes_no_time(tmp_path):
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 300_000)
+    started = time.monotonic()
+    path = train_tokenizer("tiny", ["green tea"] * 50 + ["".join(letters)], tmp_path)
+    tower = text_tower("tiny", random_weights=True, tokenizer_file=path)
+    assert tower.prepare(["".join(letters)]).shape[0] == 1
+    assert time.monotonic() - started < 20

@@ -1,8 +1,11 @@
+import socket
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from contracts.errors import InputError, run_entry_point
 from training.device import (
@@ -10,6 +13,7 @@ from training.device import (
     choose_device,
     choose_dtype,
     guard_torchvision,
+    prefer_cache_offline,
     require_model_source,
 )
 
@@ -20,17 +24,63 @@ def test_open_clip_and_timm_import_after_the_guard():
     import timm  # noqa: F401
 
 
-def test_builds_that_do_not_match_are_named(monkeypatch):
-    class Broken:
-        def find_spec(self, name, path=None, target=None):
-            if name == "torchvision":
-                raise RuntimeError("operator torchvision::nms does not exist")
+class Broken:
+    """Imports of torchvision fail with this error."""
 
+    def __init__(self, error):
+        self.error = error
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("operator torchvision::nms does not exist"),
+        RuntimeError(
+            "Detected that PyTorch and torchvision were compiled with different CUDA major versions."
+        ),
+        ImportError("torchvision/_C.so: undefined symbol: _ZN5torch3jit"),
+        AttributeError("partially initialized module 'torchvision' has no attribute 'extension'"),
+        OSError("libcudart.so.12: cannot open shared object file"),
+        ModuleNotFoundError("No module named 'torch._six'", name="torch._six"),
+    ],
+)
+def test_builds_that_do_not_match_are_named(monkeypatch, error):
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [Broken(error), *sys.meta_path])
     monkeypatch.setattr(torch, "version", SimpleNamespace(cuda="13.0"))
-    with pytest.raises(InputError, match="torch and torchvision builds do not match"):
+    with pytest.raises(InputError, match="torch and torchvision builds do not match") as caught:
         guard_torchvision()
+    assert str(error) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_torchvision_is_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    missing = ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+    monkeypatch.setattr(sys, "meta_path", [Broken(missing), *sys.meta_path])
+    with pytest.raises(InputError, match="torchvision is not installed"):
+        guard_torchvision()
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch):
+    """A server that accepts the connection and says nothing is the slowest of all."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        started = time.monotonic()
+        prefer_cache_offline("no-such/model")
+        assert constants.HF_HUB_OFFLINE
+        assert time.monotonic() - started < 3
+
+
+def test_a_folder_needs_no_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    prefer_cache_offline(str(tmp_path))
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_precision_is_full_on_a_cpu():

@@ -1,3 +1,4 @@
+import os
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ from safetensors.torch import save_file
 
 from contracts.errors import InputError
 from contracts.files import read_json, write_json
-from training.run_folder import RunFolder, save_weights, weights_hash
+from training.run_folder import RunFolder, read_weights, save_weights, weights_hash
 
 
 @dataclass
@@ -64,13 +65,117 @@ def test_finished_run(tmp_path):
     assert len(next(iter(manifest["inputs"].values()))) == 64
 
 
-def test_starting_again_replaces_the_old_run(tmp_path):
+def finished_run(tmp_path, value=1.0):
     run = start(tmp_path, Settings())
     run.log(1, loss=1.0)
+    run.save_checkpoint(1, {"w": torch.zeros(1)}, {})
+    save_weights(run.path / "model.safetensors", {"w": torch.full((2,), value)})
     run.finish()
+    return run
+
+
+def test_training_again_keeps_the_finished_model_beside_the_new_one(tmp_path):
+    finished_run(tmp_path, value=1.0)
     again = start(tmp_path, replace(Settings(), lr=1.0))
     assert not again.complete
     assert again.metrics() == []
+    with pytest.raises(
+        InputError, match=r"no finished run; .* or use the finished run before it, run\.previous"
+    ):
+        RunFolder.finished(again.path, "stage")
+    kept = RunFolder.finished(tmp_path / "run.previous", "stage")
+    assert read_weights(kept.path / "model.safetensors")["w"].tolist() == [1, 1]
+    # an unfinished run is not worth the place of a finished one
+    start(tmp_path, Settings())
+    assert read_weights(kept.path / "model.safetensors")["w"].tolist() == [1, 1]
+    finished_run(tmp_path, value=2.0)
+    start(tmp_path, Settings())
+    assert read_weights(kept.path / "model.safetensors")["w"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b'{"step": 3, "loss": 1.0}', b"\x00\x00"])
+def test_a_half_written_line_of_metrics_is_left_out(tmp_path, torn):
+    run = start(tmp_path, Settings())
+    run.log(1, loss=1.0)
+    run.save_checkpoint(1, {"w": torch.zeros(1)}, {})
+    run.log(2, loss=0.5)
+    with open(run.path / "metrics.jsonl", "ab") as file:
+        file.write(torn)
+    assert [line["step"] for line in run.metrics()] == [1, 2]
+    resumed = start(tmp_path, Settings(resume=True), resume=True)
+    assert resumed.newest_checkpoint() is not None
+    resumed.log(2, loss=0.25)
+    assert resumed.metrics() == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.25}]
+
+
+def test_a_damaged_line_amid_the_metrics_is_named(tmp_path):
+    run = start(tmp_path, Settings())
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 is not JSON"):
+        run.metrics()
+
+
+def test_what_was_logged_before_the_first_checkpoint_is_not_logged_twice(tmp_path):
+    run = start(tmp_path, Settings())
+    run.log(1, loss=1.0)
+    resumed = start(tmp_path, Settings(resume=True), resume=True)
+    assert resumed.newest_checkpoint() is None
+    assert resumed.metrics() == []
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.pt"])
+@pytest.mark.parametrize("fault", ["flip", "truncate", "remove", "old_and_truncated"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, name, fault):
+    run = start(tmp_path, Settings())
+    for step in (1, 2):
+        run.save_checkpoint(step, {"w": torch.full((2,), float(step))}, {"step": step})
+    damage_file(run.path / "step_00000002" / name, fault)
+    weights, state = run.newest_checkpoint()
+    assert (state["step"], weights["w"].tolist()) == (1, [1, 1])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "step_00000002" in line and line.endswith("; the checkpoint before it is taken")
+
+
+def damage_file(path, fault):
+    content = bytearray(path.read_bytes())
+    if fault == "remove":
+        path.unlink()
+        return
+    if fault == "flip":
+        content[len(content) // 2] ^= 1
+    else:
+        del content[-3:]
+    path.write_bytes(content)
+    if fault == "old_and_truncated":  # older versions wrote an empty marker
+        (path.parent / "COMPLETE").write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "settings.json", "summary.json"])
+@pytest.mark.parametrize("fault", ["flip", "truncate", "remove"])
+def test_a_damaged_file_of_a_finished_run_is_named(tmp_path, name, fault):
+    run = finished_run(tmp_path)
+    damage_file(run.path / name, fault)
+    with pytest.raises(InputError, match=rf"^[^\n]*run/{name}: "):
+        RunFolder.finished(run.path, "stage")
+
+
+def test_a_run_of_an_older_version_is_read_with_one_line(tmp_path, capsys):
+    run = finished_run(tmp_path)
+    (run.path / "COMPLETE").write_bytes(b"")
+    capsys.readouterr()
+    assert RunFolder.finished(run.path, "stage").complete
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"{run.path}: made by an older version, which stored no hashes; it is read unchecked"
+    damage_file(run.path / "model.safetensors", "truncate")
+    with pytest.raises(InputError, match=r"model\.safetensors: not readable as safetensors"):
+        read_weights(run.path / "model.safetensors")
+
+
+def test_checkpoints_that_a_kill_left_behind_are_removed(tmp_path):
+    run = finished_run(tmp_path)
+    (run.path / "step_00000001").mkdir()
+    assert run.already_complete(True)
+    assert not list(run.path.glob("step_*"))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +189,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_logged(tmp_path, valu
     assert run.metrics() == [{"step": 6, "loss": 1.0}]
 
 
-def test_every_file_of_a_finished_run_can_be_read_by_all(tmp_path):
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_every_file_of_a_finished_run_has_the_permissions_that_the_umask_gives(
+    tmp_path, umask, mode, request
+):
+    earlier = os.umask(umask)
+    request.addfinalizer(lambda: os.umask(earlier))
     run = start(tmp_path, Settings())
     (run.path / "adapter").mkdir()
     save_file(
@@ -92,7 +202,7 @@ def test_every_file_of_a_finished_run_can_be_read_by_all(tmp_path):
     )  # mode 0600, as peft leaves it
     save_weights(run.path / "head.safetensors", {"w": torch.zeros(3, 2).T})
     run.finish()
-    assert {file.stat().st_mode & 0o777 for file in run.path.rglob("*") if file.is_file()} == {0o644}
+    assert {file.stat().st_mode & 0o777 for file in run.path.rglob("*") if file.is_file()} == {mode}
 
 
 def test_the_hash_of_the_weights_changes_with_the_weights_alone(tmp_path):
@@ -177,5 +287,7 @@ def test_one_model_of_an_out_of_fold_run_is_named_with_its_run(tmp_path):
     assert not run.is_out_of_fold
     part = RunFolder.start(run.path / "all", Settings(), inputs=[])
     assert (run.name, part.name) == ("run", "run/all")
+    assert not run.is_out_of_fold  # a model of all rows may lie beside a single one
+    RunFolder.start(run.path / "fold_0", Settings(), inputs=[])
     assert run.is_out_of_fold
     assert not part.is_out_of_fold

@@ -1,3 +1,4 @@
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,3 +54,33 @@ def test_a_wrong_preset_in_the_file_exits_with_2(tmp_path, capsys):
         parse("--config", str(tmp_path / "c.yaml"))
     assert caught.value.code == 2
     assert "huge" in capsys.readouterr().err
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{earlier}'] * 9)}]\n"
+    for earlier, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BOMB, "aliases"),
+        ("epochs: 5\n" + "#" * 200_000, "too many for settings"),
+        ("epochs: [5", "not readable as yaml"),
+        (b"\xff\xfe\x00", "not readable as yaml"),
+        ("[" * 5000, "deep nesting"),
+    ],
+)
+@pytest.mark.parametrize("form", [["--config"], ["--config="]])
+def test_a_file_of_settings_that_is_none_is_one_line(tmp_path, capsys, content, message, form):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    argv = [*form, str(path)] if len(form[0]) == 8 else [form[0] + str(path)]
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    assert caught.value.code == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert str(path) in line and message in line
+    assert time.monotonic() - started < 5

@@ -9,6 +9,7 @@ from contracts.files import read_json, write_json
 from contracts.predictions import read_predictions
 from contracts.splits import fitted_on
 from training.run_folder import RunFolder
+from training.sealed import note_change
 from word_models import predict, train
 from word_models.config import WordModelSettings
 from word_models.models import MODELS
@@ -167,5 +168,6 @@ def test_what_cannot_be_priced_is_refused(workspace, embeddings):
         predict.main(["test", "--run", "nothing", *flags])
     path = workspace.path("run", name=run) / "word_model.json"
     write_json(path, read_json(path) | {"schema": 99})
+    note_change(path)
     with pytest.raises(InputError, match="schema 99, this version reads 1"):
         predict.main(["test", "--run", run, *flags])

@@ -34,10 +34,6 @@ DIALOGUES: list[Path] = []
 """folder of the table that text_tabular trains on, once it is made"""
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "faults: injects faults for minutes; make faults runs it")
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:

@@ -27,7 +27,7 @@ from contracts.errors import InputError
 from contracts.files import read_versioned, sha256_file, write_json
 from training.device import choose_dtype, guard_torchvision, missing_model, require_model_source
 from training.pictures import UnreadablePicture, open_picture
-from training.run_folder import weights_hash
+from training.weights import weights_hash
 
 guard_torchvision()
 

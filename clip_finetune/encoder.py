@@ -22,7 +22,8 @@ from contracts.workspace import CLIP_IMAGE
 from training.device import choose_device, choose_dtype, guard_torchvision
 from training.extraction import encode_table
 from training.pictures import PictureRows
-from training.run_folder import RunFolder, part_folder, weights_hash
+from training.run_folder import RunFolder, part_folder
+from training.weights import weights_hash
 
 if TYPE_CHECKING:
     import pandas as pd

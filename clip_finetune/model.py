@@ -23,8 +23,8 @@ from clip_finetune.config import ClipSettings
 from contracts.errors import InputError
 from contracts.files import write_json
 from training.device import missing_model, require_model_source
-from training.run_folder import read_weights, save_weights
 from training.sealed import require_whole
+from training.weights import read_weights, save_weights
 
 TINY = {
     "embed_dim": 64,

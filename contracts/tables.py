@@ -25,6 +25,8 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
 CHUNK_ROWS = 65_536
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""With these, a spreadsheet takes a cell for a formula."""
 
 
 def table_format(path: Path | str) -> str:
@@ -217,6 +219,19 @@ class TableWriter:
     def close(self) -> None:
         if self._parquet is not None:
             self._parquet.close()
+
+
+def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """A copy for people: texts that a spreadsheet would run as a formula get an apostrophe in front.
+
+    Spreadsheets do not show it. A table that programs read again must not be changed so.
+    """
+    table = table.copy()
+    for name in table.columns:
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            is_formula = table[name].astype(str).str.startswith(FORMULA)
+            table[name] = table[name].mask(is_formula, "'" + table[name].astype(str))
+    return table
 
 
 def _open_text(path: Path) -> IO[str]:

@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from contracts.errors import EXIT_INTERRUPTED, InputError, run_entry_point
 from contracts.files import atomic_write
+from contracts.tables import without_formulas
 from contracts.workspace import REPOSITORY, Workspace
 from data.public_addresses import Limit, NotPublic, PublicOpener
 from training.pictures import UnreadablePicture, open_picture
@@ -308,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     status_file = workspace.path("image_status")
     with atomic_write(status_file) as file:
-        table.to_csv(file, index=False)
+        without_formulas(table).to_csv(file, index=False)
     counts = table["status"].value_counts()
     listed = ", ".join(f"{count} {status}" for status, count in counts.items())
     print(f"{len(rows)} rows, {len(links)} pictures: {listed}; see {status_file}")

@@ -41,8 +41,9 @@ from fusion.seeds import SeedAverage
 from fusion.tabular import TableColumns
 from fusion.target import Target
 from training.device import choose_device
-from training.run_folder import RunFolder, part_folder, read_weights
+from training.run_folder import RunFolder, part_folder
 from training.sealed import require_whole
+from training.weights import read_weights
 
 INPUTS = "inputs.json"
 """What a model was trained on: widths and encoders of the embeddings, the columns of the table. Written behind the

@@ -23,7 +23,8 @@ from fusion.target import Target
 from training.device import choose_device, seed_everything
 from training.plots import plot_training_curves
 from training.processes import from_first_process
-from training.run_folder import RunFolder, save_weights
+from training.run_folder import RunFolder
+from training.weights import save_weights
 
 ALL_ROWS = Roles(fit=tuple(range(N_FOLDS)), stop=(), validate=())
 

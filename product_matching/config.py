@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from contracts.errors import InputError
 from contracts.workspace import REPOSITORY
 from serving.config import ServiceSettings
+from training.trackers import ReportTo
 
 MAX_CHARACTERS = 2000
 """An encoder is given at most this much of a text: 128 tokens are some 600 characters, and the rest only costs time."""
@@ -56,7 +57,38 @@ class PurchaseSettings:
 
 
 @dataclass
-class TrainSettings:
+class TuningSettings:
+    """How an encoder is tuned, whether it reads one record or two."""
+
+    lora_alpha: int = 16
+    """adapters are scaled by alpha / rank"""
+    lora_dropout: float = 0.1
+    """dropout before each adapter"""
+    target_modules: str = "auto"
+    """layers that get adapters, such as query,key,value; auto: attention and dense layers of BERT, MPNet and XLM-R"""
+    weight_decay: float = 0.01
+    """weight decay of AdamW"""
+    warmup_ratio: float = 0.1
+    """share of all steps over which the learning rate rises; after that it falls linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on CUDA, fp32 elsewhere"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    report_to: ReportTo = "none"
+    """tracker that receives the metrics as well; its package has to be installed"""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_grad_norm")
+        _require_not_negative(self, "weight_decay")
+        for name in ("lora_dropout", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise _refused(self, name, "must be at least 0 and below 1")
+
+
+@dataclass
+class TrainSettings(TuningSettings):
     pairs: str = "catalogues"
     """folder with labelled pairs, such as product_matching.pairs writes"""
     workspace: str = str(REPOSITORY)
@@ -74,12 +106,6 @@ class TrainSettings:
 
     lora_rank: int = 8
     """rank of the adapters; 0 trains all weights instead"""
-    lora_alpha: int = 16
-    """adapters are scaled by alpha / rank"""
-    lora_dropout: float = 0.1
-    """dropout before each adapter"""
-    target_modules: str = "auto"
-    """layers that get adapters, such as query,key,value; auto: attention and dense layers of BERT, MPNet and XLM-R"""
 
     batch_size: int = 32
     """triplets per step; the other positives and negatives of the batch serve as further negatives"""
@@ -89,24 +115,12 @@ class TrainSettings:
     """inverse temperature of the loss: cosines are multiplied by it"""
     lr: float = 1e-3
     """peak learning rate of AdamW; 2e-5, usual for full fine-tuning, hardly moves adapters (README)"""
-    weight_decay: float = 0.01
-    """weight decay of AdamW"""
-    warmup_ratio: float = 0.1
-    """share of all steps over which the learning rate rises; after that it falls linearly to 0"""
     epochs: int = 2
     """passes over the triplets; the epoch with the best validation MRR is kept"""
-    max_grad_norm: float = 1.0
-    """gradients are scaled down to this norm"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA, fp32 elsewhere"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
     seed: int = 0
     """seeds the adapters, the order of triplets and dropout"""
     resume: bool = False
     """continue an interrupted run from its newest complete checkpoint"""
-    report_to: Literal["none", "tensorboard"] = "none"
-    """also log to tensorboard, under checkpoints/<run>/tensorboard"""
 
     RENAMED: ClassVar[dict[str, str]] = {
         "clip_norm": "max_grad_norm",
@@ -115,13 +129,9 @@ class TrainSettings:
     }
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self, "max_length", "negatives", "batch_size", "scale", "lr", "epochs", "max_grad_norm"
-        )
+        super().__post_init__()
+        _require_positive(self, "max_length", "negatives", "batch_size", "scale", "lr", "epochs")
         _require_not_negative(self, "lora_rank", "cached_mini_batch")
-        for name in ("lora_dropout", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise _refused(self, name, "must be at least 0 and below 1")
 
 
 @dataclass
@@ -151,7 +161,7 @@ class EvaluateSettings:
 
 
 @dataclass
-class DecisionSettings:
+class DecisionSettings(TuningSettings):
     pairs: str = "catalogues"
     """folder with labelled pairs, such as product_matching.pairs writes"""
     workspace: str = str(REPOSITORY)
@@ -184,37 +194,20 @@ class DecisionSettings:
     """non-matches per match that the cross-encoder is trained on, those with the highest cosine first"""
     lora_rank: int = 0
     """rank of the adapters of the cross-encoder; 0 trains all weights instead"""
-    lora_alpha: int = 16
-    """adapters are scaled by alpha / rank"""
-    lora_dropout: float = 0.1
-    """dropout before each adapter"""
-    target_modules: str = "auto"
-    """layers that get adapters, as in product_matching.train"""
     batch_size: int = 16
     """pairs per step"""
     lr: float = 5e-5
     """peak learning rate of AdamW; adapters need about 1e-3"""
-    weight_decay: float = 0.01
-    """weight decay of AdamW"""
-    warmup_ratio: float = 0.1
-    """share of all steps over which the learning rate rises; after that it falls linearly to 0"""
     epochs: int = 3
     """passes over the pairs; the epoch with the best validation average precision is kept"""
-    max_grad_norm: float = 1.0
-    """gradients are scaled down to this norm"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA, fp32 elsewhere"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
     seed: int = 0
     """seeds the trees, the new layers, the order of pairs and dropout"""
     resume: bool = False
     """keep a finished run instead of training it again"""
-    report_to: Literal["none", "tensorboard"] = "none"
-    """also log to tensorboard, under checkpoints/<run>/tensorboard"""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "tree_lr", "lr", "max_grad_norm")
+        super().__post_init__()
+        _require_positive(self, "tree_lr", "lr")
         _require_at_least_one(
             self,
             "max_length",
@@ -225,12 +218,9 @@ class DecisionSettings:
             "batch_size",
             "epochs",
         )
-        _require_not_negative(self, "lora_rank", "weight_decay")
+        _require_not_negative(self, "lora_rank")
         if self.leaves < 2:
             raise _refused(self, "leaves", "must be at least 2")
-        for name in ("lora_dropout", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise _refused(self, name, "must be at least 0 and below 1")
 
 
 @dataclass

@@ -78,7 +78,7 @@ def train(settings: TrainSettings) -> Path:
     """Train, and return the folder of the tuned model. Its adapters are merged: it loads like any other model."""
     folder = Workspace(settings.workspace).path("run", name=settings.run)
     model_folder = folder / "model"
-    if RunFolder(folder).already_complete(settings.resume):
+    if RunFolder(folder).already_complete(settings.resume, settings, pair_files(settings.pairs)):
         return model_folder
     seed_everything(settings.seed)
     from product_matching.loop import fit

@@ -24,7 +24,8 @@ from qwen3_finetune.finished import (
     OutOfFoldRun,
     embeddings_fitted_on,
 )
-from training.run_folder import RunFolder, weights_hash
+from training.run_folder import RunFolder
+from training.weights import weights_hash
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from qwen3_finetune.backbone import build_encoder
 from qwen3_finetune.data import N_STRUCTURAL, TextInputs
 from qwen3_finetune.spec import EncoderSpec
-from training.run_folder import disk_errors, read_weights, save_weights
 from training.smape_loss import MIN_LOG_PRICE
+from training.weights import disk_errors, read_weights, save_weights
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:

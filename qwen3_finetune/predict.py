@@ -22,8 +22,8 @@ from qwen3_finetune.config import ApplySettings
 from qwen3_finetune.data import TextRows, read_rows
 from qwen3_finetune.encoder import Encoder
 from qwen3_finetune.finished import finished_folder, prices_fitted_on
-from training.run_folder import weights_hash
 from training.settings import parse_settings
+from training.weights import weights_hash
 
 
 def write_prices(

@@ -21,8 +21,8 @@ from qwen3_finetune.backbone import load_tokenizer, nf4
 from qwen3_finetune.data import Tokenize
 from qwen3_finetune.spec import POOLING_NAMES, EncoderSpec
 from training.device import require_model_source
-from training.run_folder import read_weights
 from training.sealed import note_change
+from training.weights import read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -29,7 +29,7 @@ import pandas as pd
 from contracts.catalog import ColumnMapping
 from contracts.errors import InputError, run_entry_point
 from contracts.files import write_json
-from contracts.tables import DELIMITERS, iterate_table, table_format, table_writer
+from contracts.tables import DELIMITERS, iterate_table, table_format, table_writer, without_formulas
 from serving.config import PriceServiceSettings
 from serving.jobs import CHUNK_ROWS, LISTED_BAD_ROWS, MOST_STARTS, SCHEMA, Job, JobStore
 from training.settings import parse_settings
@@ -46,8 +46,6 @@ WAIT_AFTER_CRASH = 10.0
 NICENESS = 10
 """Single products come first."""
 LONGEST_ID = 80
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""With these, a spreadsheet takes a cell for a formula."""
 PRICES = ("price", "low_80", "high_80", "low_95", "high_95")
 
 log = logging.getLogger("serving.worker")
@@ -257,16 +255,7 @@ def write_result(job: Job) -> None:
     with table_writer(job.result) as writer:
         for number in range(job.parts):
             part = pd.read_parquet(job.part(number))
-            writer.write(neutralised(part) if is_text else part)
-
-
-def neutralised(table: pd.DataFrame) -> pd.DataFrame:
-    """Texts that a spreadsheet would run as a formula get an apostrophe in front, which it does not show."""
-    table = table.copy()
-    for name in ("sample_id", "missing", "problem"):
-        is_formula = table[name].str.startswith(FORMULA)
-        table[name] = table[name].mask(is_formula, "'" + table[name])
-    return table
+            writer.write(without_formulas(part) if is_text else part)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. The environment has effect only when set before torch and transformers load."""
 
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,3 +66,28 @@ def killed_at(monkeypatch):
             yield
 
     return kill
+
+
+@pytest.fixture(scope="session")
+def picture_system(sample_workspace, tmp_path_factory):
+    """The fusion of both frozen SigLIP towers, hardly trained, as the only member; read only."""
+    from contracts.workspace import Workspace
+    from ensemble.saved import Ensemble, Member
+    from fusion.all_embeddings import predict_test
+    from fusion.all_embeddings import train as fusion
+    from siglip_extract import extract_embeddings
+
+    root = tmp_path_factory.mktemp("picture_system")
+    shutil.copytree(sample_workspace / "data", root / "data")
+    workspace = ["--workspace", str(root), "--device", "cpu"]
+    for table in ("train", "test"):
+        extract_embeddings.main([table, "--preset", "tiny", *workspace])
+    fusion.main(["--preset", "tiny", "--epochs", "2", "--use", "siglip_text", "siglip_image", *workspace])
+    predict_test.main(workspace)
+    # the ensemble of a single hold-out cannot be fitted, so its only weight is written down
+    name = "fusion_all_embeddings"
+    score = {"smape": 70.0, "standard_error": 2.0, "rows": 400, "coverage": {"80%": 0.8, "95%": 0.95}}
+    member = Member(name, "fusion.all_embeddings", name)
+    only = Ensemble((member,), (1.0,), {0.8: 1.0, 0.95: 2.0}, score)
+    only.save(Workspace(root).path("run", name="ensemble"))
+    return root

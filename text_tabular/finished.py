@@ -26,7 +26,8 @@ from text_tabular.metrics import Calibration
 from text_tabular.model import TextTabular
 from text_tabular.texts import Chunker
 from training.device import choose_device
-from training.run_folder import RunFolder, part_folder, read_weights, save_weights
+from training.run_folder import RunFolder, part_folder
+from training.weights import read_weights, save_weights
 
 SCHEMA = 1
 DESCRIPTION = "model.json"

@@ -36,6 +36,7 @@ from contracts.embeddings import Embeddings, read_embeddings, write_embeddings
 from contracts.errors import InputError
 from contracts.files import atomic_write, read_json, sidecar_of, write_json
 from contracts.splits import split_hash
+from contracts.tables import without_formulas
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -356,7 +357,7 @@ def write_picture_failures(path: Path, table: pd.DataFrame, failures: dict[str, 
     failed = table.loc[table["sample_id"].isin(list(failures)), ["sample_id", "image"]]
     failed = failed.assign(reason=failed["sample_id"].map(failures))
     with atomic_write(path) as file:
-        failed.to_csv(file, index=False, lineterminator="\n")
+        without_formulas(failed).to_csv(file, index=False, lineterminator="\n")
 
 
 def print_failures(name: str, failures: dict[str, str]) -> None:

@@ -58,7 +58,6 @@ def read_pixels(path: Path | str, *, min_side: int | None = None) -> np.ndarray:
     path = Path(path)
     with _header(path) as picture:
         if picture.format != "JPEG":
-            # asking a PNG for its orientation would decode it and swallow the error of a damaged one
             return np.array(_load(picture, min_side))
         try:
             upright = picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
@@ -90,12 +89,23 @@ def _header(path: Path) -> Image.Image:
     if width * height > MAX_PIXELS:
         picture.close()
         raise UnreadablePicture(f"{width}x{height} is over {MAX_PIXELS:,} pixels")
+    if picture.format == "PNG":
+        _require_checksums(path)
     if picture.info.get("progressive"):
         scans = path.read_bytes().count(START_OF_SCAN)
         if scans * width * height > MAX_SCANNED_PIXELS:
             picture.close()
             raise UnreadablePicture(f"{scans} scans of {width}x{height} pixels would take too long")
     return picture
+
+
+def _require_checksums(path: Path) -> None:
+    """Raise UnreadablePicture for a PNG with a wrong checksum; its decoder would leave rows black without a word."""
+    try:
+        with Image.open(path, formats=("PNG",)) as unread:
+            unread.verify()
+    except DAMAGE as error:
+        raise UnreadablePicture(f"damaged ({str(error)[:60]})") from None
 
 
 def _load(picture: Image.Image, min_side: int | None) -> Image.Image:

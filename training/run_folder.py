@@ -15,16 +15,13 @@ each of its models: fold_0, fold_1, … for the hold-outs and `all` for the mode
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +32,7 @@ from training.run_lock import has_lock_file, lock_run, release_run
 from training.sealed import MARKER, damage, is_unchecked, remove_sealed, require_whole, seal
 from training.settings import settings_as_dict
 from training.trackers import require_tracker, start_tracker
+from training.weights import disk_errors, read_weights, save_weights, usual_mode
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +48,10 @@ MAY_GROW = {"epochs"}
 _PACKAGES = (
     "torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes", "open_clip_torch", "numpy",
 )  # fmt: skip
+
+
+PREVIOUS = ".previous"
+"""Ending of the name under which the finished run before is kept."""
 
 
 class Diverged(InputError):
@@ -81,6 +83,10 @@ class RunFolder:
                 the folder, or there is no such tracker.
         """
         require_tracker(report_to)  # before anything is removed
+        if path.name.endswith(PREVIOUS):
+            raise InputError(
+                f"{path}: a name that ends in {PREVIOUS} is for the finished run before; choose another"
+            )
         run = cls(path)
         stored = settings_as_dict(settings)
         manifest = {
@@ -132,7 +138,7 @@ class RunFolder:
         return RunFolder(self.path.parent)._outermost() if self._is_part else self.path
 
     def _previous(self) -> RunFolder:
-        return RunFolder(self.path.with_name(f"{self.path.name}.previous"))
+        return RunFolder(self.path.with_name(self.path.name + PREVIOUS))
 
     def _make_way(self) -> None:
         """Keep a finished run aside, so that a model is there whatever becomes of the new training."""
@@ -274,7 +280,7 @@ class RunFolder:
         write_json(self.path / "summary.json", summary)
         for file in self.path.rglob("*"):
             if file.is_file():
-                file.chmod(_usual_mode())
+                file.chmod(usual_mode())
         if self._tracker is not None:
             self._tracker.finish()
         seal(self.path)
@@ -339,59 +345,6 @@ def require_finite(value: object, *, name: str = "loss", run: str, step: int) ->
     if isinstance(value, float) and not math.isfinite(value):
         written = "NaN" if math.isnan(value) else str(value)
         raise Diverged(f"{run}: {name} is {written} at step {step}; lower --lr or use --precision fp32")
-
-
-def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write tensors by name as safetensors, with the permissions of any other new file."""
-    from safetensors.torch import save_file
-
-    with disk_errors(path):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
-    path.chmod(_usual_mode())
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, on the CPU. Raises InputError for a file that is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; train the run again") from None
-    except SafetensorError as error:
-        raise InputError(f"{path}: not readable as safetensors ({error}); train the run again") from None
-
-
-def _usual_mode() -> int:
-    """Permissions of a new file by the umask. safetensors and peft make files that only their owner can read."""
-    umask = os.umask(0o077)  # the only way to read it is to set it
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Raise what the operating system said of a full disk, where safetensors and torch raise types of their own."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        reason = error.__context__  # of torch
-        code = reason.errno if isinstance(reason, OSError) else None
-        if stated := re.search(r"os error (\d+)", str(error)):  # of safetensors
-            code = int(stated[1])
-        if code is None:
-            raise
-        raise OSError(code, os.strerror(code), str(path)) from None
-
-
-def weights_hash(folder: Path) -> str:
-    """Identifies the trained weights below a run folder; it stands as `checkpoint` in the meta of what they make."""
-    files = sorted(folder.rglob("*.safetensors"))
-    lines = [f"{file.relative_to(folder).as_posix()} {sha256_file(file)}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _renamed(stored: dict[str, Any], settings_class: type) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from contracts.catalog import FEATURE, ColumnMapping, FeatureKind
 from contracts.errors import InputError
 from contracts.files import read_json, write_json
 from contracts.workspace import Workspace
-from word_models.amounts import MIN_DEVIATION
+from training.number_column import NumberColumn
 
 MIN_PRODUCTS = 2
 """Training rows that must share a category. What is said of one product alone teaches nothing about another."""
@@ -30,44 +30,10 @@ def fact_kinds(workspace: Workspace) -> dict[str, FeatureKind]:
 
 
 @dataclass
-class NumberFact:
-    """How one number becomes a column."""
-
-    low: float
-    high: float
-    """the range of the training rows; a number beyond it counts as the end of the range"""
-    logarithm: bool
-    """whether ln of the number is used: where all are above 0, ratios matter, as they do for prices"""
-    mean: float
-    deviation: float
-    """of the training rows that state it, after the logarithm"""
-
-    @classmethod
-    def fit(cls, values: np.ndarray) -> NumberFact:
-        """From the values (N,) of the training rows, NaN where none is stated."""
-        stated = values[np.isfinite(values)]
-        if len(stated) == 0:
-            return cls(low=0.0, high=0.0, logarithm=False, mean=0.0, deviation=1.0)
-        low = float(stated.min())
-        logarithm = low > 0
-        scaled = np.log(stated) if logarithm else stated
-        deviation = float(scaled.std()) + MIN_DEVIATION
-        return cls(low, float(stated.max()), logarithm, float(scaled.mean()), deviation)
-
-    def columns(self, values: np.ndarray) -> np.ndarray:
-        """(N,) → (N, 2): the standardised number, 0 where none is stated, and 1 where none is stated."""
-        missing = ~np.isfinite(values)
-        clipped = np.clip(np.where(missing, self.low, values), self.low, self.high)
-        scaled = np.log(clipped) if self.logarithm else clipped
-        standardised = np.where(missing, 0, (scaled - self.mean) / self.deviation)
-        return np.column_stack([standardised, missing])
-
-
-@dataclass
 class Facts:
     """What the training rows say of each fact."""
 
-    numbers: dict[str, NumberFact]
+    numbers: dict[str, NumberColumn]
     categories: dict[str, list[str]]
     """of each fact the categories that become terms, in the order of their columns"""
 
@@ -78,7 +44,7 @@ class Facts:
         categories = {}
         for name, kind in kinds.items():
             if kind == "number":
-                numbers[name] = NumberFact.fit(_number(table, name))
+                numbers[name] = NumberColumn.fit(_number(table, name))
             else:
                 rows_of_category = _category(table, name).value_counts()
                 shared = rows_of_category.index[rows_of_category >= MIN_PRODUCTS]
@@ -115,7 +81,7 @@ class Facts:
     @classmethod
     def load(cls, folder: Path) -> Facts:
         content = read_json(folder / "facts.json")
-        numbers = {name: NumberFact(**fact) for name, fact in content["numbers"].items()}
+        numbers = {name: NumberColumn(**fact) for name, fact in content["numbers"].items()}
         return cls(numbers, content["categories"])
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from contracts.files import read_json, write_json
-from training.run_folder import read_weights, save_weights
 from training.smape_loss import smape_of_ln
+from training.weights import read_weights, save_weights
 from word_models.config import MlpSettings
 from word_models.features import Features
 from word_models.loss import smape_fraction

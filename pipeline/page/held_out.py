@@ -158,7 +158,9 @@ def picture_problems(workspace: Workspace, rows: pd.DataFrame) -> pd.Series:
     problems = pd.Series(reasons, rows.index, dtype=str)
     failures = workspace.path("image_failures", name="any", split="train").parent
     for path in sorted(failures.glob("image_failures_*_train.csv")):
-        found = read_table(path).set_index("sample_id")["reason"]
+        table = read_table(path)
+        table["sample_id"] = table["sample_id"].str.replace(r"^'(?=[=+\-@\t\r])", "", regex=True)
+        found = table.set_index("sample_id")["reason"]
         known = problems.index.intersection(found.index)
         problems[known] = found[known]
     return problems

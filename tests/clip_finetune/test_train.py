@@ -21,7 +21,8 @@ from contracts.smape import smape
 from contracts.splits import roles, split_hash
 from contracts.workspace import CLIP_IMAGE, Workspace
 from training.extraction import ShardedExtraction
-from training.run_folder import RunFolder, weights_hash
+from training.run_folder import RunFolder
+from training.weights import weights_hash
 
 FLAGS = [
     "--preset", "tiny", "--device", "cpu", "--batch-size", "32", "--gradient-accumulation-steps", "2", "--epochs", "2",

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from contracts.errors import InputError
-from contracts.tables import iterate_table, read_any, table_writer
+from contracts.tables import iterate_table, read_any, table_writer, without_formulas
 
 STRANGE = [
     "a\rb", "a\r\nb", "x\ny", 'q"uo"te,",', "\0nul", "NA", "", "  lead", '"', "\\", "007", "=1+1", "ümläut", "1.10",
@@ -80,3 +80,13 @@ def test_nothing_is_left_of_a_table_whose_writing_failed(tmp_path):
         writer.write(pd.DataFrame({"id": ["1"]}))
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_cell_of_a_table_for_people_is_a_formula():
+    table = pd.DataFrame(
+        {"id": ["=1+1", "+1", "-1", "@a", "\tb", "\rc", "plain", "a=b"], "price": [-1.0] * 8}
+    )
+    shown = without_formulas(table)
+    assert shown["id"].tolist() == ["'=1+1", "'+1", "'-1", "'@a", "'\tb", "'\rc", "plain", "a=b"]
+    assert shown["price"].tolist() == [-1.0] * 8
+    assert table["id"].iloc[0] == "=1+1"

@@ -21,7 +21,8 @@ from pipeline.resume import UNFINISHED, contents
 from pipeline.run import run_stages
 from pipeline.stage_settings import resolved_settings
 from pipeline.stages import PICTURES, PipelineSettings, Stage, pipeline_stages
-from training.run_folder import MARKER, weights_hash
+from training.run_folder import MARKER
+from training.weights import weights_hash
 
 
 class FakeStages:

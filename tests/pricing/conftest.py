@@ -6,7 +6,6 @@ import pytest
 
 from contracts.workspace import Workspace
 from ensemble import train as ensemble
-from ensemble.saved import Ensemble, Member
 
 
 @pytest.fixture(scope="session")
@@ -45,29 +44,6 @@ def word_system(sample_workspace, pretrained, tmp_path_factory):
     words.main(["--model", "ridge", "--embeddings", "frozen_text", *workspace])
     words.main(["--model", "mlp", "--seeds", "1", *workspace])
     ensemble.main(workspace)
-    return root
-
-
-@pytest.fixture(scope="session")
-def picture_system(sample_workspace, tmp_path_factory):
-    """The fusion of both frozen SigLIP towers, hardly trained, as the only member; read only."""
-    from fusion.all_embeddings import predict_test
-    from fusion.all_embeddings import train as fusion
-    from siglip_extract import extract_embeddings
-
-    root = tmp_path_factory.mktemp("picture_system")
-    shutil.copytree(sample_workspace / "data", root / "data")
-    workspace = ["--workspace", str(root), "--device", "cpu"]
-    for table in ("train", "test"):
-        extract_embeddings.main([table, "--preset", "tiny", *workspace])
-    fusion.main(["--preset", "tiny", "--epochs", "2", "--use", "siglip_text", "siglip_image", *workspace])
-    predict_test.main(workspace)
-    # the ensemble of a single hold-out cannot be fitted, so its only weight is written down
-    name = "fusion_all_embeddings"
-    score = {"smape": 70.0, "standard_error": 2.0, "rows": 400, "coverage": {"80%": 0.8, "95%": 0.95}}
-    member = Member(name, "fusion.all_embeddings", name)
-    only = Ensemble((member,), (1.0,), {0.8: 1.0, 0.95: 2.0}, score)
-    only.save(Workspace(root).path("run", name="ensemble"))
     return root
 
 

@@ -12,7 +12,7 @@ from contracts.files import read_json, sidecar_of
 from contracts.predictions import read_predictions
 from contracts.workspace import Workspace
 from qwen3_finetune import extract_embeddings, predict, train
-from training.run_folder import weights_hash
+from training.weights import weights_hash
 
 QUICK = ["--preset", "tiny", "--device", "cpu", "--epochs", "1", "--batch-size", "64", "--max-length", "32"]
 

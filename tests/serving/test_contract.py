@@ -46,8 +46,15 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def price_schema(price_system, shop_index, tmp_path_factory):
-    flags = ["--model", str(price_system), "--jobs", str(tmp_path_factory.mktemp("jobs")), "--device", "cpu"]
+def price_schema(picture_system, shop_index, tmp_path_factory):
+    flags = [
+        "--model",
+        str(picture_system),
+        "--jobs",
+        str(tmp_path_factory.mktemp("jobs")),
+        "--device",
+        "cpu",
+    ]
     flags += ["--index", str(shop_index)]
     with running("serving.api", flags) as service:
         yield schemathesis.openapi.from_url(f"{service.address}/openapi.json")

@@ -44,16 +44,30 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def service(price_system, tmp_path_factory):
-    flags = ["--model", str(price_system), "--jobs", str(tmp_path_factory.mktemp("jobs")), "--device", "cpu"]
+def service(picture_system, tmp_path_factory):
+    flags = [
+        "--model",
+        str(picture_system),
+        "--jobs",
+        str(tmp_path_factory.mktemp("jobs")),
+        "--device",
+        "cpu",
+    ]
     with running("serving.api", flags) as service:
         yield service
 
 
 @pytest.fixture(scope="module")
-def guarded_service(price_system, tmp_path_factory):
+def guarded_service(picture_system, tmp_path_factory):
     """A service that wants a token."""
-    flags = ["--model", str(price_system), "--jobs", str(tmp_path_factory.mktemp("jobs")), "--device", "cpu"]
+    flags = [
+        "--model",
+        str(picture_system),
+        "--jobs",
+        str(tmp_path_factory.mktemp("jobs")),
+        "--device",
+        "cpu",
+    ]
     with running("serving.api", flags, environment={"PRICE_TOKEN": TOKEN}) as service:
         yield service
 

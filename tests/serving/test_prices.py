@@ -27,8 +27,8 @@ def service_of(root, folder, **settings):
 
 
 @pytest.fixture(scope="module")
-def service(price_system, tmp_path_factory):
-    return service_of(price_system, tmp_path_factory.mktemp("jobs"), picture_urls=True)
+def service(picture_system, tmp_path_factory):
+    return service_of(picture_system, tmp_path_factory.mktemp("jobs"), picture_urls=True)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def client(service):
 
 
 @pytest.fixture(scope="module")
-def model(price_system):
-    return PriceModel.load(price_system, device="cpu")
+def model(picture_system):
+    return PriceModel.load(picture_system, device="cpu")
 
 
 def picture(size=(60, 40), kind="PNG"):
@@ -68,8 +68,8 @@ def test_a_price_is_that_of_the_model(client, model):
     assert price == client.post("/v1/price", data={"text": text}).json()
 
 
-def test_an_answer_is_explained_and_has_known_products_beside_it(client, price_system):
-    known = Workspace(price_system).prepared("train").set_index("sample_id")
+def test_an_answer_is_explained_and_has_known_products_beside_it(client, picture_system):
+    known = Workspace(picture_system).prepared("train").set_index("sample_id")
     product = known.iloc[7]
     price = client.post("/v1/price", data={"text": product["catalog_content"]}).json()
     neighbours = price["neighbours"]
@@ -195,8 +195,8 @@ def test_the_page_learns_of_the_model(client):
     assert model["reads_pictures"] and model["picture_urls"] and not model["token_required"]
 
 
-def test_pictures_of_known_products_are_small_jpegs(client, price_system):
-    known = Workspace(price_system).prepared("train")
+def test_pictures_of_known_products_are_small_jpegs(client, picture_system):
+    known = Workspace(picture_system).prepared("train")
     product = known[known["image"] != ""].iloc[0]
     price = client.post("/v1/price", data={"text": product["catalog_content"]}).json()
     path = price["neighbours"][0]["picture"]
@@ -209,9 +209,9 @@ def test_pictures_of_known_products_are_small_jpegs(client, price_system):
         assert client.get(f"/v1/pictures/{other}").status_code == 404
 
 
-def test_a_token_guards_all_but_the_form_and_pictures_carry_a_key(price_system, tmp_path, monkeypatch):
+def test_a_token_guards_all_but_the_form_and_pictures_carry_a_key(picture_system, tmp_path, monkeypatch):
     monkeypatch.setenv(TOKEN, "s3cret")
-    service = service_of(price_system, tmp_path)
+    service = service_of(picture_system, tmp_path)
     with TestClient(service.app, base_url="http://127.0.0.1") as client:
         assert client.get("/v1/model").json()["token_required"]
         right = {"authorization": "Bearer s3cret"}
@@ -223,7 +223,7 @@ def test_a_token_guards_all_but_the_form_and_pictures_carry_a_key(price_system, 
         ):
             assert client.request(method, path).status_code == 401, path
             assert client.request(method, path, headers=right).status_code != 401, path
-        known = Workspace(price_system).prepared("train")
+        known = Workspace(picture_system).prepared("train")
         text = known.loc[known["image"] != "", "catalog_content"].iloc[0]
         picture = client.post("/v1/price", data={"text": text}, headers=right).json()["neighbours"][0][
             "picture"
@@ -265,8 +265,8 @@ def test_addresses_inside_are_not_asked(client, address):
     assert answer.json()["detail"].startswith(("picture_url: not_public (", "picture_url: bad_link"))
 
 
-def test_addresses_are_off_unless_they_are_asked_for(price_system, tmp_path):
-    with TestClient(service_of(price_system, tmp_path).app, base_url="http://127.0.0.1") as client:
+def test_addresses_are_off_unless_they_are_asked_for(picture_system, tmp_path):
+    with TestClient(service_of(picture_system, tmp_path).app, base_url="http://127.0.0.1") as client:
         answer = client.post("/v1/price", data={**TEA, "picture_url": "https://shop.example/a.png"})
         assert answer.status_code == 422 and "fetches no pictures" in answer.json()["detail"]
         assert "picture_url" not in str(client.get("/openapi.json").json()["paths"]["/v1/price"])
@@ -322,9 +322,9 @@ def test_an_interval_without_end_is_a_number(client, desk, monkeypatch):
     assert client.post("/v1/price", data=TEA).json()["intervals"]["95"]["high"] == 1e12
 
 
-def test_an_exported_system_is_served_like_its_workspace(price_system, client, tmp_path):
+def test_an_exported_system_is_served_like_its_workspace(picture_system, client, tmp_path):
     """An export keeps names and prices of the known products, and neither their pictures nor their facts."""
-    export(price_system, tmp_path / "exported")
+    export(picture_system, tmp_path / "exported")
     service = service_of(tmp_path / "exported", tmp_path / "jobs")
     with TestClient(service.app, base_url="http://127.0.0.1") as exported:
         answer = exported.post("/v1/price", data=TEA).json()

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from contracts.errors import InputError
 from contracts.files import read_json, write_json
-from training.run_folder import RunFolder, read_weights, save_weights, weights_hash
+from training.run_folder import RunFolder
+from training.weights import read_weights, save_weights, weights_hash
 
 
 @dataclass
@@ -291,3 +292,10 @@ def test_one_model_of_an_out_of_fold_run_is_named_with_its_run(tmp_path):
     RunFolder.start(run.path / "fold_0", Settings(), inputs=[])
     assert run.is_out_of_fold
     assert not part.is_out_of_fold
+
+
+def test_the_name_of_the_run_before_is_not_trained_into(tmp_path):
+    """What lies there would be removed by the next training of the run itself."""
+    with pytest.raises(InputError, match=r"ends in \.previous"):
+        RunFolder.start(tmp_path / "run.previous", Settings(), inputs=[])
+    assert not (tmp_path / "run.previous").exists()

@@ -6,8 +6,9 @@ import pytest
 
 from contracts.errors import InputError
 from contracts.files import read_json, write_json
+from training.number_column import NumberColumn
 from word_models import train
-from word_models.facts import Facts, NumberFact, fact_kinds
+from word_models.facts import Facts, fact_kinds
 from word_models.features import FeatureBuilder, build_features
 
 KINDS = {"weight_kg": "number", "brand": "category"}
@@ -49,14 +50,14 @@ def test_a_number_is_standardised_in_its_logarithm_and_a_missing_one_flagged(wit
 
 
 def test_a_number_beyond_the_range_counts_as_its_end_and_others_have_no_logarithm():
-    fact = NumberFact.fit(np.array([1.0, 10.0, np.nan]))
+    fact = NumberColumn.fit(np.array([1.0, 10.0, np.nan]))
     assert (
         fact.columns(np.array([-5.0, 1e9]))[:, 0].tolist()
         == fact.columns(np.array([1.0, 10.0]))[:, 0].tolist()
     )
-    degrees = NumberFact.fit(np.array([-20.0, 0.0, 20.0])).columns(np.array([-20.0, 0.0, 20.0]))[:, 0]
+    degrees = NumberColumn.fit(np.array([-20.0, 0.0, 20.0])).columns(np.array([-20.0, 0.0, 20.0]))[:, 0]
     np.testing.assert_allclose(degrees, np.array([-1, 0, 1]) * np.sqrt(1.5), atol=1e-6)
-    assert NumberFact.fit(np.full(3, np.nan)).columns(np.array([np.nan, 7.0])).tolist() == [[0, 1], [0, 0]]
+    assert NumberColumn.fit(np.full(3, np.nan)).columns(np.array([np.nan, 7.0])).tolist() == [[0, 1], [0, 0]]
 
 
 def test_a_category_is_one_term_that_the_kernel_compares(with_facts):

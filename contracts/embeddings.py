@@ -14,7 +14,7 @@ resumes where it stopped and needs memory for one shard only. A catalogue too la
 
 from __future__ import annotations
 
-import mmap
+import os
 import pickle
 import pickletools
 from collections.abc import Iterator
@@ -33,6 +33,8 @@ REQUIRED_META = ("name", "split", "model", "checkpoint", "fitted_on", "split_has
 """`checkpoint` identifies the encoder's weights: embeddings of two encoders live in different spaces."""
 MOST_MEMO_PLACES = 10_000
 """Objects that a pickle may remember; a file of ours has one per entry of its meta."""
+LONGEST_READ = 65_536
+"""Bytes; the content of an array is longer, and nothing else in a file of ours is."""
 _SAFE_GLOBALS = {
     (f"numpy.{core}.{module}", name)
     for core in ("core", "_core")
@@ -104,7 +106,7 @@ def read_embeddings(path: Path | str) -> Embeddings:
 
 def _load(path: Path) -> Embeddings:
     try:
-        _refuse_large_memo(path)
+        _require_small_memo(path)
         with open(path, "rb") as file:
             content = _ArraysOnly(file).load()
     except (
@@ -135,20 +137,52 @@ def _load(path: Path) -> Embeddings:
     return loaded
 
 
-def _refuse_large_memo(path: Path) -> None:
+def _require_small_memo(path: Path) -> None:
     """Raise UnpicklingError for a place in the unpickler's memo that a file of this kind cannot have.
 
     The unpickler makes room for every place up to the one that is named: nine bytes would take gigabytes.
     """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with open(path, "rb") as file:
         places = 0
-        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], content)):
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Outline(file))):
             if opcode.name == "MEMOIZE":
                 places += 1
             elif opcode.name.endswith("PUT"):
                 places = max(places, int(argument or 0))
             if places > MOST_MEMO_PLACES:
                 raise pickle.UnpicklingError(f"it names place {places} of the memo")
+
+
+class _Outline:
+    """A pickle as pickletools reads it, but what lies in its arrays is passed over, neither read nor copied."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+        self.readline = file.readline
+        self.tell = file.tell
+
+    def read(self, length: int) -> bytes:
+        if length <= LONGEST_READ:
+            return self.file.read(length)
+        if self.file.tell() + length > self.size:
+            return b""  # pickletools says that the content ends too early
+        self.file.seek(length, os.SEEK_CUR)
+        return _PassedOver(length)
+
+
+class _PassedOver(bytes):
+    """No content, but the length that pickletools expects."""
+
+    def __new__(cls, length: int) -> _PassedOver:
+        empty = super().__new__(cls)
+        empty.length = length
+        return empty
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
 
 
 def _check(path: Path, content: Embeddings) -> None:

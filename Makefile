@@ -69,8 +69,8 @@ pipeline: .venv/installed-dev  ## Price DATA: encoders, models, test_out.csv, re
 		$(if $(SET),--set $(SET)) $(if $(PROCESSES),--processes $(PROCESSES)) \
 		$(if $(DOWNLOAD),--download) $(if $(RESUME),--resume)
 
-serve: .venv/installed  ## Serve prices of OUT's saved model, with a page, on http://127.0.0.1:8000
-	$(RUN) -m serving.api --model "$(OUT)"
+serve: .venv/installed  ## Serve the prices of the demo, or of OUT, with a page on http://127.0.0.1:8000
+	$(RUN) -m serving.api --model "$(if $(filter .,$(OUT)),demo,$(OUT))"
 
 accuracy:  ## The same as pipeline PRESET=cpu: our best score, without a GPU
 	$(MAKE) pipeline PRESET=cpu
